@@ -21,13 +21,14 @@ from bench.figures import Measurement, at_most, exactly, percentile
 from infra.loopback.firestore import run_firestore_emulator
 from schema.events import EventBatch, MetricsLogged, ReportedEvent
 from schema.job import Job, Status
+from schema.placement import Placement
 from schema.requests import TRAIN_REQUEST_EXAMPLE
 from schema.training import SftConfig
 from service.adapters.jobstores.cursors import encode_cursor
 from service.adapters.jobstores.firestore.documents import build_job_fields
 from service.adapters.jobstores.firestore.store import FirestoreJobStore
 from service.core.errors import Unavailable
-from service.core.ports import JobQuery
+from service.core.job_lists import JobQuery
 from storage.deadline import deadline
 
 NAME = "firestore"
@@ -42,14 +43,15 @@ CALLER_TIMEOUT_S = 4.5  # as in the API
 MAX_TRIES = 10  # an attempt's reporter retries for hours
 START = datetime(2026, 1, 1, tzinfo=UTC)
 CONFIG = SftConfig.model_validate(TRAIN_REQUEST_EXAMPLE["training_config"])
+PLACEMENT = Placement(launcher="local", profile="cpu", environment="llm")
 STATUSES = (Status.COMPLETED,) * 8 + (Status.FAILED, Status.CANCELLED)
 FILTERS = {
     "no filter": JobQuery("local"),
-    "status": JobQuery("local", status=Status.FAILED),
+    "status": JobQuery("local", statuses=(Status.FAILED,)),
     "project_id": JobQuery("local", project_id="project-7"),
-    "project_id and status": JobQuery("local", project_id="project-7", status=Status.FAILED),
-    "every filter": JobQuery("local", status=Status.COMPLETED, project_id="project-7", modality="text", trainer_type="sft"),
-    "status (none)": JobQuery("local", status=Status.QUEUED),
+    "project_id and status": JobQuery("local", project_id="project-7", statuses=(Status.FAILED,)),
+    "every filter": JobQuery("local", statuses=(Status.COMPLETED,), project_id="project-7", modality="text", trainer_type="sft"),
+    "status (none)": JobQuery("local", statuses=(Status.QUEUED,)),
     "a page from the middle": JobQuery("local", after=encode_cursor((START + timedelta(seconds=JOBS // 2)).isoformat(), "x")),
 }
 
@@ -102,6 +104,7 @@ def _make_job(number: int) -> Job:
         job_name="a job",
         processed_dataset_id="dataset_1",
         training_config=CONFIG,
+        placements=(PLACEMENT,),
         status=STATUSES[number // 100 % len(STATUSES)],  # every project has every status
         created_at=created_at,
         updated_at=created_at,

@@ -6,6 +6,7 @@ temporary folder.
 """
 
 import itertools
+import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -19,10 +20,12 @@ from bench.peers import PEERS, Peer, clone_runs, make_run_requests, peer_server
 from bench.servers import Server, ServerUnavailable, run_service
 from bench.stub_trainer import make_stub_trainer
 from schema.job import Job, Status
+from schema.placement import Placement
 from schema.requests import TRAIN_REQUEST_EXAMPLE
 from schema.training import SftConfig
 from service.adapters.jobstores.cursors import encode_cursor
 from service.adapters.jobstores.sqlite import SqliteJobStore
+from service.core.job_lists import creator_term, pair_term, summarize_job
 
 NAME = "listing"
 SIZES = (10_000, 100_000, 1_000_000)
@@ -37,6 +40,21 @@ PEER_REQUESTS = 200
 PEER_TIMEOUT_S = 20.0
 START = datetime(2026, 1, 1, tzinfo=UTC)
 RARE_PROJECT_ID = "project-with-one-job"  # the oldest job
+PLACEMENT = Placement(launcher="local", profile="cpu", environment="llm")
+JOB = Job(
+    job_id="the-id",
+    tenant_id="local",
+    created_by="local",
+    job_name="a job",
+    processed_dataset_id="dataset_1",
+    training_config=SftConfig.model_validate(TRAIN_REQUEST_EXAMPLE["training_config"]),
+    placements=(PLACEMENT,),
+    status=Status.COMPLETED,
+    created_at=START,
+    updated_at=START,
+    status_changed_at=START,
+)
+SUMMARY = summarize_job(JOB).model_dump(mode="json", exclude_defaults=True)
 # No job is active: the reconciler would work on it during the measurement.
 STATUSES = (Status.COMPLETED,) * 8 + (Status.FAILED, Status.CANCELLED)
 FILTERS = {
@@ -54,6 +72,17 @@ FILTERS = {
     "modality=vision (none)": "&modality=vision",
     "trainer_type=dpo (none)": "&trainer_type=dpo",
     "status and trainer_type (none)": "&status=completed&trainer_type=dpo",
+    "two statuses": "&status=failed&status=cancelled",
+    "search (all)": "&search=job",
+    "a pair of one job": "&metadata=run=0",
+    "created_by (all) and status": "&created_by=me&status=failed",
+}
+# These read an entry of every job, so that they grow with the number of jobs.
+SCANS = {
+    "search (none)": "&search=nothing",
+    "the end of an id": "&search=%E2%80%A600000000",
+    "counts": "&limit=1&counts=true",
+    "counts of a project": "&limit=1&counts=true&project_id=project-7",
 }
 MIDDLE_PAGE = "a page from the middle"
 
@@ -69,7 +98,8 @@ async def measure(context: BenchmarkContext) -> list[Measurement]:
     figures = [
         Measurement(NAME, f"GET /jobs among {SIZES[1]:,}, p99", medium.latency_ms(99), "ms", at_most(20), f"{CLIENTS} clients"),
         Measurement(NAME, f"GET /jobs among {SIZES[1]:,}", medium.requests_per_s, "/s", note=f"{CLIENTS} clients"),
-        *(_growth_measurement(name, small[name], large[name]) for name in small),
+        *(_growth_measurement(name, small[name], large[name]) for name in small if name not in SCANS),
+        *(Measurement(NAME, f"GET /jobs among {SIZES[1]:,}: {name}", page_ms[SIZES[1]][name], "ms", at_most(200)) for name in SCANS),
     ]
     if not context.with_peers:
         return figures
@@ -86,23 +116,24 @@ def fill_database(database: Path, rows: int) -> None:
         db.execute("PRAGMA synchronous = OFF")  # for this connection only
         with db:
             db.executemany("INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", _make_job_rows(rows))
+            db.execute("INSERT INTO job_names SELECT tenant_id, created_at, job_id, job_name FROM jobs")
+            terms = "SELECT tenant_id, ?, created_at, job_id FROM jobs"
+            db.execute(f"INSERT INTO job_terms {terms}", (creator_term("local"),))
+            db.execute(f"INSERT INTO job_terms {terms} ORDER BY created_at LIMIT 1", (pair_term("run", "0"),))
+            db.create_function("summarize", -1, _summarize, deterministic=True)
+            columns = "job_id, project_id, status, created_at"
+            db.execute(f"INSERT INTO job_summaries SELECT job_id, summarize({columns}) FROM jobs")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
+def _summarize(job_id: str, project_id: str, status: str, created_at: str) -> str:
+    changes = {"job_id": job_id, "project_id": project_id, "status": status, "created_at": created_at}
+    return json.dumps(SUMMARY | changes)
+
+
 def _make_job_rows(rows: int) -> Iterator[tuple[object, ...]]:
-    job = Job(
-        job_id="the-id",
-        tenant_id="local",
-        job_name="a job",
-        processed_dataset_id="dataset_1",
-        training_config=SftConfig.model_validate(TRAIN_REQUEST_EXAMPLE["training_config"]),
-        status=Status.COMPLETED,
-        created_at=START,
-        updated_at=START,
-        status_changed_at=START,
-    )
-    record = job.model_dump_json()
-    config = job.training_config
+    record = JOB.model_dump_json()
+    config = JOB.training_config
     for number in range(rows):
         job_id = f"training_bench_gemma-3-270m_{number:012x}"
         status = STATUSES[number // 100 % len(STATUSES)]  # every project has every status
@@ -131,7 +162,7 @@ async def _measure_service(context: BenchmarkContext, rows: int) -> tuple[LoadRe
     async with run_service(home, make_stub_trainer(context.folder / "trainer")) as server:
         await _load_pages(server, "", CLIENTS, PAGES)
         rounds = [await _load_pages(server, "", CLIENTS, REQUESTS) for _ in range(ROUNDS)]
-        queries = {**FILTERS, MIDDLE_PAGE: await _middle_page_query(server, rows)}
+        queries = {**FILTERS, **SCANS, MIDDLE_PAGE: await _middle_page_query(server, rows)}
         page_ms = {name: (await _load_pages(server, query, 1, PAGES)).latency_ms(50) for name, query in queries.items()}
     by_p99 = sorted(rounds, key=lambda load: load.latency_ms(99))
     (home / "tunesmith.db").unlink()

@@ -1,5 +1,6 @@
-"""What the shell offers to complete: jobs of the service. A service that does not answer at once completes nothing."""
+"""What the shell offers to complete: what the service has. A service that does not answer at once completes nothing."""
 
+from collections.abc import Iterable
 from contextlib import suppress
 
 import typer
@@ -21,6 +22,35 @@ def complete_jobs(context: typer.Context, incomplete: str) -> list[tuple[str, st
         offered.setdefault(row["job_name"], f"{row['status']}, {row['base_model_id']}")
         offered[row["job_id"]] = f"{row['job_name']}, {row['status']}"
     return [(word, text) for word, text in offered.items() if word.startswith(incomplete)]
+
+
+def complete_bases(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Names of the models in the store, also without their owner."""
+    offered: dict[str, str] = {}
+    for model in _get(context, "/models").get("models", []):
+        description = f"{model['family']}, {model['source']}"
+        offered[model["name"]] = offered[model["name"].rpartition("/")[2]] = description
+    return [(name, text) for name, text in offered.items() if name.startswith(incomplete)]
+
+
+def complete_trainers(context: typer.Context, incomplete: str) -> list[str]:
+    """Trainer types of the deployment."""
+    return _starting_with(incomplete, _get(context, "/capabilities").get("trainer_types", {}))
+
+
+def complete_methods(context: typer.Context, incomplete: str) -> list[str]:
+    """Methods that the default hardware can train with."""
+    return _starting_with(incomplete, _get(context, "/capabilities").get("methods", []))
+
+
+def complete_hardware(context: typer.Context, incomplete: str) -> list[str]:
+    """Profiles of every launcher."""
+    launchers: dict[str, Json] = _get(context, "/capabilities").get("launchers", {})
+    return _starting_with(incomplete, [f"{name}/{profile}" for name, launcher in launchers.items() for profile in launcher["profiles"]])
+
+
+def _starting_with(incomplete: str, words: Iterable[str]) -> list[str]:
+    return [word for word in words if word.startswith(incomplete)]
 
 
 def _get(context: typer.Context, path: str, **query: str | int) -> Json:

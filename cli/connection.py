@@ -17,6 +17,7 @@ class Connection:
     url: str
     api_key: str | None = None
     identity_token: str | None = None
+    is_named: bool = False  # the caller named the service, by an option or an environment variable
 
     @classmethod
     def choose(cls, url: str | None, api_key: str | None, identity_token: str | None) -> Self:
@@ -25,10 +26,11 @@ class Connection:
         The token of the home folder is sent to the service of that home only: any other could keep it and use it.
         """
         settings = Settings.from_environment()
+        is_named = url is not None
         url = (url or settings.service_url).rstrip("/")
         if api_key is None and identity_token is None and url == settings.service_url:
             api_key = settings.local_token
-        return cls(url, api_key, identity_token)
+        return cls(url, api_key, identity_token, is_named)
 
     def create_client(self) -> Client:
         """A client of the service. Raises CliError if the URL is none."""

@@ -7,8 +7,8 @@ import typer
 
 from cli.options import CursorOption, DatasetNameOption, EvalFractionOption, JsonOption, LimitOption, ProjectOption, create_client
 from cli.output import err, out, print_answer, print_next_cursor
-from cli.render.formats import format_rows
 from cli.render.tables import dataset_table
+from cli.rows import UploadOptions, check_rows_file, describe_rows, find_row_warning, upload_rows
 
 app = typer.Typer(help="Upload, import, list, show and delete datasets.", no_args_is_help=True)
 
@@ -23,11 +23,14 @@ def upload_dataset(
     as_json: JsonOption = False,
 ) -> None:
     """Upload a dataset. The service validates all rows before it stores any."""
-    with create_client(context) as client, file.open("rb") as stream:
-        dataset = client.upload(stream, file.name, _form_fields(name, eval_fraction, project))
+    check_rows_file(file)
+    with create_client(context) as client:
+        dataset = upload_rows(client, file, UploadOptions(name, eval_fraction, project))
     print_answer(dataset, as_json, dataset["processed_dataset_id"])
     if not as_json:
-        err.print(f"{dataset['rows']} rows, type {format_rows(dataset)}, splits {dataset['splits']}", style="dim")
+        err.print(describe_rows(dataset), style="dim")
+        if warning := find_row_warning(dataset):
+            err.print(f"[yellow]warning[/] {warning}")
 
 
 @app.command("import")
@@ -41,13 +44,8 @@ def import_dataset(
 ) -> None:
     """Create a dataset from a file in the dataset store, for files that are too large to upload."""
     with create_client(context) as client:
-        dataset = client.import_dataset({"incoming": key} | _form_fields(name, eval_fraction, project))
+        dataset = client.import_dataset({"incoming": key} | UploadOptions(name, eval_fraction, project).form_fields)
     print_answer(dataset, as_json, dataset["processed_dataset_id"])
-
-
-def _form_fields(name: str | None, eval_fraction: float, project: str | None) -> dict[str, str]:
-    fields = {"eval_fraction": str(eval_fraction)}
-    return fields | ({"name": name} if name else {}) | ({"project_id": project} if project else {})
 
 
 @app.command("list")

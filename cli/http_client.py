@@ -58,18 +58,27 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def get(self, path: str, **params: str | int | None) -> Json:
+    def get(self, path: str, **params: str | int | list[str] | None) -> Json:
         """GET a resource. Query parameters that are None are left out."""
         query = {name: value for name, value in params.items() if value is not None}
         return self._call_with_retry(lambda: self._http.get(path, params=query))
+
+    def get_health(self) -> Json:
+        """What the service says about itself, also when it is not well."""
+        try:
+            return clean_strings(self._http.get("/health").json())
+        except httpx2.TransportError as error:
+            raise self._unreachable_error(error) from error
+        except ValueError as error:
+            raise ApiError(f"{self.url} is not a Tunesmith service", "set --url or TUNESMITH_URL") from error
 
     def post(self, path: str, body: object | None = None) -> Json:
         """POST a request that is safe to repeat: pause, resume, retry, cancel."""
         return self._call_with_retry(lambda: self._http.post(path, json=body))
 
-    def delete(self, path: str, *, hub_token: str | None = None) -> Json:
+    def delete(self, path: str, *, hub_token: str | None = None, **query: str) -> Json:
         """DELETE a resource; with `hub_token` also what the job pushed to the Hub."""
-        params = {"delete_hub": "true"} if hub_token else {}
+        params = query | ({"delete_hub": "true"} if hub_token else {})
         headers = {"X-HF-Token": hub_token} if hub_token else {}
         return self._call_with_retry(lambda: self._http.delete(path, params=params, headers=headers))
 
@@ -99,47 +108,58 @@ class Client:
         return self._call_once(lambda: self._http.post("/datasets", data=fields))
 
     def stream_events(self, job_id: str, after: int = 0) -> Iterator[Json]:
-        """Yield events until the job is final, and reconnect when a connection ends. A paused job is not final."""
-        last_id = after
+        """Yield events until the job is final, and reconnect when a connection ends. A paused job is not final.
+
+        Between them come `progress` events, which are of the moment: they have no id, and an earlier service sends none.
+        """
+        last_id = str(after)
         self.get(f"/jobs/{job_id}")  # a wrong URL or id fails immediately
         while True:
-            for event in self._stream_once(job_id, last_id):
-                if event is None:
+            for event in self._stream_once(f"/jobs/{job_id}/events", {}, last_id):
+                if event.event == "done":
                     return
-                last_id = event["id"]
-                yield event
-            self._sleep(RECONNECT_DELAY_S)
-            self._call_with_retry(lambda: self._http.get(f"/jobs/{job_id}"), MAX_WATCH_TRIES)  # raises if the job or the service is gone
+                data: Json = clean_strings(json.loads(event.data))
+                if event.event == "progress":
+                    yield {"event": {"type": "progress", **data}}
+                else:
+                    last_id = str(data["id"])
+                    yield data
+            self._wait_for_job(job_id)
 
-    def follow_log(self, job_id: str, attempt: int | None, offset: int = 0) -> Iterator[str]:
-        """Yield the output of an attempt until the job ends."""
-        params = {"follow": "true", "offset": str(offset)} | ({"attempt": str(attempt)} if attempt else {})
-        try:
-            with self._http.stream("GET", f"/jobs/{job_id}/logs", params=params, timeout=httpx2.Timeout(30.0, read=None)) as response:
-                if response.is_error:
-                    response.read()
-                    raise _api_error(response)
-                yield from map(clean_text, response.iter_text())
-        except httpx2.TransportError as error:
-            raise self._unreachable_error(error) from error
+    def follow_log(self, job_id: str, attempt: int | None, tail: int | None = None) -> Iterator[Json]:
+        """Yield the output of an attempt in parts until the job ends, from `tail` lines before its end. Reconnects where it left off."""
+        params = {"follow": "true"} | ({"attempt": str(attempt)} if attempt else {}) | ({} if tail is None else {"tail": str(tail)})
+        last_id = ""
+        while True:
+            for event in self._stream_once(f"/jobs/{job_id}/logs", params, last_id):
+                if event.event == "done":
+                    return
+                part: Json = clean_strings(json.loads(event.data))
+                yield {"attempt": part["attempt"], "text": part["text"], "next_offset": part["offset"]}
+                last_id = event.id
+            self._wait_for_job(job_id)
 
-    def _stream_once(self, job_id: str, after: int) -> Iterator[Json | None]:
-        """Yield the events of one connection, then None if the service reports the end of the stream."""
-        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+    def _stream_once(self, path: str, params: dict[str, str], last_id: str) -> Iterator[httpx2.ServerSentEvent]:
+        """Yield the events of one connection; none if the service is busy or unreachable."""
+        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_id} if last_id else {})
         try:
-            with self._http.stream("GET", f"/jobs/{job_id}/events", headers=headers) as response:
+            with self._http.stream("GET", path, params=params, headers=headers) as response:
                 if _is_retryable(response):
                     return
                 if response.is_error:
                     response.read()
                     raise _api_error(response)
-                for event in httpx2.EventSource(response):
-                    if event.event == "done":
-                        yield None
-                        return
-                    yield clean_strings(json.loads(event.data))
+                yield from httpx2.EventSource(response)
+        except httpx2.SSEError as error:
+            hint = "the service may be of an earlier version: `tunesmith doctor` compares them"
+            raise ApiError(f"{self.url}{path} does not stream events: {error}", hint) from error
         except httpx2.TransportError:
             return
+
+    def _wait_for_job(self, job_id: str) -> None:
+        """Wait until the service answers again, after a connection ended. Raises ApiError if the job or the service is gone."""
+        self._sleep(RECONNECT_DELAY_S)
+        self._call_with_retry(lambda: self._http.get(f"/jobs/{job_id}"), MAX_WATCH_TRIES)
 
     def _post_idempotent(self, path: str, body: Json) -> Json:
         """POST a request that creates a job; every try sends the same key."""

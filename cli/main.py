@@ -5,6 +5,7 @@ A command's module is imported when that command runs, so that a quick command d
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -18,7 +19,8 @@ from schema.version import VERSION
 # In the order that `tunesmith --help` shows: a function, or a Typer app with commands of its own.
 COMMANDS: dict[str, str] = {
     "serve": "cli.local:serve",
-    "train": "cli.submit:train",
+    "stop": "cli.background:stop",
+    "train": "cli.train:train",
     "jobs": "cli.jobs:list_jobs",
     "show": "cli.jobs:show_job",
     "watch": "cli.watch:watch",
@@ -30,12 +32,16 @@ COMMANDS: dict[str, str] = {
     "checkpoints": "cli.jobs:list_checkpoints",
     "export": "cli.submit:export",
     "clone": "cli.submit:clone",
-    "delete": "cli.jobs:delete_job",
+    "delete": "cli.jobs:delete_jobs",
     "orphans": "cli.deployment:list_orphans",
     "download": "cli.download:download",
     "chat": "cli.chat:chat",
     "datasets": "cli.datasets:app",
+    "models": "cli.models:app",
+    "du": "cli.storage:show_usage",
+    "prune": "cli.storage:prune",
     "capabilities": "cli.deployment:show_capabilities",
+    "doctor": "cli.doctor:doctor",
     "whoami": "cli.access:show_whoami",
     "open": "cli.access:open_in_browser",
     "keys": "cli.access:app",
@@ -122,7 +128,7 @@ def set_global_options(
     if context.obj is None:  # tests pass their own client factory
         from cli.connection import Connection
 
-        context.obj = Connection.choose(url, api_key, identity_token).create_client
+        context.obj = Connection.choose(url, api_key, identity_token)
 
 
 def main() -> None:
@@ -150,7 +156,8 @@ def _report(error: CliError, as_json: bool) -> int:
     from cli.output import print_error
 
     if error.message:
-        print_error(error, as_json)
+        with suppress(BrokenPipeError):
+            print_error(error, as_json)
     return error.exit_code
 
 

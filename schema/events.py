@@ -83,11 +83,16 @@ class WarningRaised(ForwardCompatible):
 
 
 class TrackerStarted(ForwardCompatible):
-    """A tracker mirrors this job."""
+    """A tracker mirrors this job: on a page, or in a folder of the model store."""
 
     type: Literal["tracker"] = "tracker"
     tracker: str
     url: str | None = None
+
+    @property
+    def page(self) -> str | None:
+        """The address of the run's page on the web, if it has one."""
+        return self.url if self.url and self.url.startswith(("http://", "https://")) else None
 
 
 class ArtifactUploaded(ForwardCompatible):

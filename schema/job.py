@@ -217,6 +217,13 @@ class CheckpointRef(ForwardCompatible):
     at: datetime
 
 
+class CheckpointDeletion(ForwardCompatible):
+    """Checkpoints of a job were deleted although the job was not."""
+
+    at: datetime
+    kept_step: int | None = None  # the checkpoint that was kept; None: none
+
+
 class ExportSource(ForwardCompatible):
     """The checkpoint that a job exports instead of training: its job and its place in the model bucket."""
 
@@ -274,6 +281,7 @@ class Job(VersionedRecord):
     retry_budget_from_attempt: int = 1  # attempts without progress are counted from this one; a resume or retry by a caller sets this
     retried_at: datetime | None = None  # the latest retry
     checkpoint: CheckpointRef | None = None
+    checkpoints_deleted: CheckpointDeletion | None = None  # the latest time that a caller, or the deployment's retention, deleted some
     created_at: datetime
     updated_at: datetime
     started_at: datetime | None = None  # when the first attempt was claimed
@@ -300,6 +308,11 @@ class Job(VersionedRecord):
     def attempt(self) -> Attempt | None:
         """The current attempt: the last one."""
         return self.attempts[-1] if self.attempts else None
+
+    @property
+    def shown_placement(self) -> Placement:
+        """Where the current attempt runs, or where the job would run by preference."""
+        return self.attempt.placement if self.attempt and self.status.is_active else self.placements[0]
 
     @property
     def launchers(self) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ MODEL_FAMILIES: dict[str, tuple[str, ...]] = {
 CONFIG_FILE, README_FILE = "config.json", "README.md"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 LICENSE_FILE = re.compile(r"(LICENSE|LICENCE)(\.(md|txt))?", re.IGNORECASE)
+TERMS_FILE = re.compile(r".*(LICENSE|LICENCE|TERMS).*", re.IGNORECASE)
 MAX_CONFIG_BYTES = 1 << 20
 MAX_INDEX_BYTES = 16 << 20  # the index of a model of 700 GB has 9 MB
 MAX_HEADER_BYTES = 16 << 20  # the header of a file with 100,000 tensors has 12 MB
@@ -177,7 +178,7 @@ def _count_sharded(read: ReadFile, sizes: Mapping[str, int], value_bytes: int) -
 
 
 def _find_license(sizes: Mapping[str, int], read: ReadFile) -> str | None:
-    """The license as README's front matter names it, or else the first line of the license file."""
+    """The license as README's front matter names it, or else the first line of the license file, or the name of a file of terms."""
     if README_FILE in sizes:
         front_matter = re.match(r"---\r?\n(.*?)\r?\n---", read(README_FILE, MAX_README_BYTES).decode(errors="replace"), re.DOTALL)
         fields = dict(re.findall(r"^(license|license_name):[ \t]*(\S.*?)[ \t\r]*$", front_matter[1], re.MULTILINE)) if front_matter else {}
@@ -186,7 +187,7 @@ def _find_license(sizes: Mapping[str, int], read: ReadFile) -> str | None:
             return _clean((found or "other").strip("'\""))
     path = next((path for path in sorted(sizes) if LICENSE_FILE.fullmatch(path)), None)
     if path is None:
-        return None
+        return next((path for path in sorted(sizes) if TERMS_FILE.fullmatch(path)), None)
     lines = read(path, MAX_README_BYTES).decode(errors="replace").splitlines()
     return _clean(next((line.strip() for line in lines if line.strip()), "")) or path
 

@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-import uvicorn
 from pydantic import ValidationError
 
 from service.adapters.identity.local import LocalToken
@@ -21,6 +20,7 @@ from service.core.access.rules import LOOPBACK_HOSTS
 from service.home import SERVICE_FILE, HomeInUse, lock_home
 from service.http_protocol import ConnectionLimits, GuardedConfig
 from service.main import create_app
+from service.server import INTERRUPTED_EXIT_CODE, Server
 from service.settings import Settings
 
 MAX_FILES = 65_536
@@ -49,19 +49,25 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="replace the key that signs tokens and links, and exit; what it signed stays valid",
     )
+    parser.add_argument(
+        "--exit-when-idle",
+        type=_parse_seconds,
+        metavar="SECONDS",
+        help="stop once no request has come for so long and no job is queued or active; default: run until a signal",
+    )
     options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    rotates = options.pop("rotate_signing_key")
+    rotates, exit_when_idle_s = options.pop("rotate_signing_key"), options.pop("exit_when_idle", None)
     try:
         settings = _load_settings().model_copy(update=options)
         if rotates:
             _rotate_signing_key(settings)
         else:
-            serve(settings)
+            serve(settings, exit_when_idle_s)
     except StartError as error:
         print(f"error {error.message}\n  hint: {error.hint}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
 
 
 def _parse_port(text: str) -> int:
@@ -69,6 +75,13 @@ def _parse_port(text: str) -> int:
     if not 0 <= port <= 65535:
         raise argparse.ArgumentTypeError(f"{port} is not between 0 and 65535")
     return port
+
+
+def _parse_seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return seconds
 
 
 def _load_settings() -> Settings:
@@ -91,8 +104,11 @@ def _rotate_signing_key(settings: Settings) -> None:
     print("the signing key is replaced; the service uses the new one from its next start")
 
 
-def serve(settings: Settings) -> None:
-    """Run a service until a signal stops it. Its URL is the first line on standard output. Raises StartError."""
+def serve(settings: Settings, exit_when_idle_s: float | None = None) -> None:
+    """Run a service until a signal stops it, or until it was idle for that long. Its URL is the first line on standard output.
+
+    Raises StartError.
+    """
     if settings.identity is None and settings.host not in LOOPBACK_HOSTS:
         raise StartError(
             f"listening on {settings.host} needs identities: everybody on the network could reach the service",
@@ -100,12 +116,12 @@ def serve(settings: Settings) -> None:
         )
     try:
         with lock_home(settings.home_folder):
-            _serve_in_home(settings)
+            _serve_in_home(settings, exit_when_idle_s)
     except HomeInUse as error:
         raise StartError(str(error), "use that service, or set TUNESMITH_HOME") from error
 
 
-def _serve_in_home(settings: Settings) -> None:
+def _serve_in_home(settings: Settings, exit_when_idle_s: float | None) -> None:
     files = _raise_file_limit()
     # A burst of connections may use the reserve for a moment: the oldest are closed only after the new ones were accepted.
     backlog = min(MAX_BACKLOG, files // 8)
@@ -120,9 +136,10 @@ def _serve_in_home(settings: Settings) -> None:
             raise StartError(f"invalid settings: {error}", "docs/settings.md describes all settings") from error
         LocalToken(settings.home_folder)  # exists before the line below, whose readers use both
         print(settings.url, flush=True)  # scripts read this line
-        with _write_service_file(settings):
+        with _write_service_file(settings) as service_file:
             config = GuardedConfig(app, _connection_limits(settings, files), backlog=backlog, graceful_shutdown_s=GRACEFUL_SHUTDOWN_S)
-            uvicorn.Server(config).run(sockets=[listener, attempt_socket])
+            server = Server(config, app, exit_when_idle_s=exit_when_idle_s, service_file=service_file)
+            server.run(sockets=[listener, attempt_socket])
 
 
 def _raise_file_limit() -> int:
@@ -167,12 +184,12 @@ def _open_attempt_socket(home: Path) -> Generator[socket.socket]:
 
 
 @contextmanager
-def _write_service_file(settings: Settings) -> Generator[None]:
+def _write_service_file(settings: Settings) -> Generator[Path]:
     """Write service.json while the service runs, so that the command line finds it."""
     path = settings.home_folder / SERVICE_FILE
     path.write_text(json.dumps({"url": settings.url, "pid": os.getpid()}))
     try:
-        yield
+        yield path
     finally:
         path.unlink(missing_ok=True)
 

@@ -32,6 +32,7 @@ from service.core.datasets.rows import RowLimits
 from service.core.jobs.assembly import JobServices, build_job_services
 from service.core.jobs.credentials import DeploymentCredentials
 from service.core.jobs.reconciler import Reconciler
+from service.core.jobs.upkeep import Upkeep
 from service.core.launchers import LauncherPool
 from service.core.models.registry import ModelRegistry
 from service.core.ports import Buckets, Hub, JobStore, SecretStore
@@ -51,6 +52,8 @@ from service.settings import (
 )
 from service.tracing import current_traceparent
 from storage.registry import STORES, open_store
+
+UPKEEP_INTERVAL_S, PROMPT_UPKEEP_INTERVAL_S = 3600.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Services:
     identity_verifier: IdentityVerifier
     local_token: LocalToken
     reconciler: Reconciler | None  # None: a scheduler calls POST /internal/reconcile instead
+    upkeep: Upkeep | None  # None: a scheduler calls POST /internal/cleanup instead
 
 
 def build_services(settings: Settings, clock: Callable[[], datetime] | None = None) -> Services:
@@ -121,6 +125,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         attempt_variables=attempt_variables(settings),
         credentials=_create_credential_issuer(settings, clock),
         preparation_limit=timedelta(seconds=settings.preparation_limit_s),
+        checkpoint_retention=_find_checkpoint_retention(settings),
         quotas=quotas,
         egress=EgressCheck(egress_policy(settings), SystemResolver()),
     )
@@ -160,7 +165,19 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         identity_verifier=OidcVerifier(rules.issuers, clock),
         local_token=local_token,
         reconciler=reconciler,
+        upkeep=_create_upkeep(settings, jobs) if interval_s else None,
     )
+
+
+def _find_checkpoint_retention(settings: Settings) -> timedelta | None:
+    days = settings.checkpoint_retention_days
+    return None if days is None else timedelta(days=days)
+
+
+def _create_upkeep(settings: Settings, jobs: JobServices) -> Upkeep:
+    """The pass over completed jobs: every hour, or every minute where their checkpoints are to go at once."""
+    interval_s = UPKEEP_INTERVAL_S if settings.checkpoint_retention_days else PROMPT_UPKEEP_INTERVAL_S
+    return Upkeep(lambda: jobs.retention.prune_expired(UPKEEP_PRINCIPAL), interval_s)
 
 
 def utc_now() -> datetime:

@@ -13,7 +13,24 @@ from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp
 
 from schema.version import VERSION
-from service.api import access, capabilities, datasets, docs, errors, files, health, internal, jobs, login, models, openapi, root, train
+from service.api import (
+    access,
+    capabilities,
+    datasets,
+    docs,
+    errors,
+    files,
+    health,
+    internal,
+    jobs,
+    login,
+    metrics,
+    models,
+    openapi,
+    root,
+    storage,
+    train,
+)
 from service.api.audit import AuditWriter
 from service.api.authentication import Authenticator
 from service.api.health import make_health_checks
@@ -35,7 +52,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROUTERS = (
-    *(part.router for part in (root, docs, train, capabilities, jobs, datasets, models, access, login, files, health, internal)),
+    *(
+        part.router
+        for part in (root, docs, train, capabilities, jobs, metrics, datasets, models, storage, access, login, files, health, internal)
+    ),
     internal.maintenance_router,
 )
 DESCRIPTION = "One HTTP request becomes a fine-tuned model."
@@ -132,6 +152,8 @@ async def _run_services(app: FastAPI) -> AsyncGenerator[None]:
         telemetry.start(services.store)
     if services.reconciler is not None:
         services.reconciler.start()
+    if services.upkeep is not None:
+        services.upkeep.start()
     loading = asyncio.create_task(_prepare(services))  # takes seconds; the first request need not wait for it
     log.info("service is ready", extra={"url": services.settings.url, "home": str(services.settings.home_folder)})
     try:
@@ -140,6 +162,8 @@ async def _run_services(app: FastAPI) -> AsyncGenerator[None]:
         loading.cancel()
         if services.reconciler is not None:
             await run_in_thread(services.reconciler.stop)
+        if services.upkeep is not None:
+            await run_in_thread(services.upkeep.stop)
         app.state.health_checks.close()
         if telemetry is not None:
             await run_in_thread(telemetry.stop)

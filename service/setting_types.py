@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from pydantic_settings import NoDecode
 
 SOURCE_ROOT = Path(__file__).resolve().parent.parent
@@ -15,3 +15,11 @@ def _split_commas(value: object) -> object:
 
 # "l4,cpu" in the environment; a tuple in code.
 CommaList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)]
+
+
+def _read_none(value: object) -> object:
+    return None if isinstance(value, str) and value.strip().lower() == "none" else value
+
+
+# "7" or "none" in the environment; None in code means for ever.
+RetentionDays = Annotated[float | None, Field(ge=0, le=36_500), BeforeValidator(_read_none)]

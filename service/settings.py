@@ -15,7 +15,7 @@ from schema.egress import EGRESS_VARIABLE, EgressPolicy, allow_rule_of, parse_al
 from service.core.jobs.trackers import DeploymentTrackers
 from service.core.quotas import Quotas
 from service.core.rate_limits import DEFAULT_RATE_LIMITS, RateLimits
-from service.setting_types import CommaList
+from service.setting_types import CommaList, RetentionDays
 
 DEFAULT_HF_ENDPOINT = "https://huggingface.co"
 IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
@@ -178,6 +178,11 @@ class Settings(BaseSettings):
         7200,
         ge=60,
         description="Seconds that an attempt may take to download its base model and prepare its dataset; after that its job fails.",
+    )
+    checkpoint_retention_days: RetentionDays = Field(
+        7.0,
+        description="Days for which a completed job keeps its checkpoints; then all but the published one are deleted, and that one is "
+        "reduced to what an export reads. `0`: soon after it is completed; `none`: for ever. Failed and cancelled jobs keep theirs.",
     )
     reconcile_interval_s: float = Field(
         1.0,

@@ -1,42 +1,31 @@
-"""Renders a job that is being watched: the progress bar, and a line per event."""
+"""Renders the events of a job as lines of text."""
 
-from collections.abc import Iterator
-
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
 
 from cli.http_client import Json
-from cli.render.formats import OUTCOME_LABELS, PAUSE_LABELS, format_fidelity, format_size, format_status, humanize
+from cli.render.formats import (
+    OUTCOME_LABELS,
+    PAUSE_LABELS,
+    format_fidelity,
+    format_loss,
+    format_size,
+    format_status,
+    format_step,
+    format_time_left,
+    humanize,
+)
 from cli.render.job import METRIC_LABELS, gate_lines
-
-MAX_SAMPLE_CHARS = 200  # longer prompts and answers are truncated
-
-
-def progress_bar(console: Console) -> Progress:
-    """A progress bar with phase, steps, loss, remaining time and cost."""
-    return Progress(
-        TextColumn("{task.fields[phase]:>12}"),
-        BarColumn(bar_width=32),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[eta]}"),
-        TextColumn("{task.fields[cost]}"),
-        console=console,
-        transient=True,
-    )
+from cli.render.trackers import describe_tracker
 
 
 def event_line(event: Json) -> str | None:
-    """An event as a line of text; None for events that only move the progress bar."""
+    """An event as a line of text; None for steps, phases and samples, which are shown otherwise."""
     body = event["event"]
     match body["type"]:
         case "status":
             return _status_line(body)
         case "evaluation":
             return _evaluation_line(body)
-        case "samples":
-            return "\n".join(_sample_lines(body))
         case "gate":
             verdict = "[green]gate passed[/]" if body["gate"]["passed"] else "[red]gate not passed: not published[/]"
             return "\n".join([*gate_lines(body["gate"]), verdict])
@@ -50,9 +39,9 @@ def event_line(event: Json) -> str | None:
             return f"continues from step {body['step']}, saved by attempt {body['from_attempt']}"
         case "artifact":
             artifact = body["artifact"]
-            return f"created {artifact['name']} ({format_size(artifact['size_bytes'])}){format_fidelity(artifact)}"
+            return f"created {escape(artifact['name'])} ({format_size(artifact['size_bytes'])}){format_fidelity(artifact)}"
         case "tracker":
-            return f"{body['tracker']}: {body['url'] or 'offline'}"
+            return escape(describe_tracker(body["tracker"], body["url"]))
         case "decision":
             return f"[dim]{escape(body['setting'])}: {escape(body['value'])} ({escape(body['reason'])})[/]"
         case _:
@@ -63,7 +52,7 @@ def _status_line(body: Json) -> str:
     """`preparing, attempt 2` or `queued (compute preempted)`. A reason that equals the status is left out."""
     attempt = f", attempt {body['attempt']}" if body["status"] == "preparing" and body["attempt"] > 1 else ""
     labels = OUTCOME_LABELS | PAUSE_LABELS
-    reason = labels.get(body["reason"], "" if body["reason"] == body["status"] else body["reason"])
+    reason = labels.get(body["reason"], "" if body["reason"] == body["status"] else escape(humanize(body["reason"])))
     return format_status(body["status"]) + attempt + (f" ({reason})" if reason else "")
 
 
@@ -71,11 +60,14 @@ def _evaluation_line(body: Json) -> str | None:
     metrics: Json = body["metrics"]
     common = [(label.removeprefix("eval "), metrics.get(name)) for name, label in METRIC_LABELS.items()]
     parts = [f"{name} {value:.3f}" for name, value in (*common, *sorted(metrics["values"].items())) if value is not None]
-    return f"evaluated {body['when']} training: {escape(', '.join(parts))}" if parts else None
+    step = f" (step {body['step']})" if body["when"] == "during" else ""
+    return f"evaluated {body['when']} training{step}: {escape(', '.join(parts))}" if parts else None
 
 
-def _sample_lines(body: Json) -> Iterator[str]:
-    """One line per sample."""
-    for sample in body["samples"]:
-        prompt, text = (" ".join(sample[part].split())[:MAX_SAMPLE_CHARS] for part in ("prompt", "text"))
-        yield f"[dim]sample, {body['when']} training:[/] {escape(prompt)} [dim]→[/] {escape(text)}"
+def step_line(progress: Json, loss: float | None, learning_rate: float | None) -> str:
+    """The progress at one step as a line for a log."""
+    parts = [format_step(progress)]
+    parts += [f"loss {format_loss(loss)}"] if loss is not None else []
+    parts += [f"lr {learning_rate:.3g}"] if learning_rate is not None else []
+    parts += [left] if (left := format_time_left(progress)) else []
+    return ", ".join(parts)

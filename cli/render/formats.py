@@ -1,6 +1,11 @@
-"""Formats statuses, sizes, times and fidelity as short texts."""
+"""Formats ids, statuses, sizes, times and fidelity as short texts."""
+
+import math
+from collections.abc import Sequence
 
 from cli.http_client import Json
+
+MIN_SHORT_ID_CHARS = 4
 
 STATUS_COLORS = {
     "completed": "green",
@@ -38,16 +43,55 @@ def humanize(name: str) -> str:
 
 
 def format_size(size_bytes: int) -> str:
-    """A size in MB, or in kB if it is small."""
+    """A size in GB, MB or kB."""
+    if size_bytes >= 1e9:
+        return f"{size_bytes / 1e9:.1f} GB"
     return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 100_000 else f"{size_bytes / 1e3:.1f} kB"
 
 
-def format_time_left(seconds: float | None) -> str:
-    """A duration such as `2m05s left`; empty if it is unknown."""
-    if seconds is None:
-        return ""
+def shorten_ids(job_ids: Sequence[str]) -> dict[str, str]:
+    """The end of each id, such as `…2d21`, as long as it takes to differ from every other one of the list."""
+    length = MIN_SHORT_ID_CHARS
+    while length < max(map(len, job_ids), default=0) and len({job_id[-length:] for job_id in job_ids}) < len(set(job_ids)):
+        length += 1
+    return {job_id: job_id if len(job_id) <= length else f"…{job_id[-length:]}" for job_id in job_ids}
+
+
+def format_duration(seconds: float) -> str:
+    """A duration such as `41 s`, `3 min 20 s` or `2 h 5 min`."""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02}s left" if minutes else f"{rest}s left"
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def format_time_left(progress: Json | None, elapsed_s: float = 0.0) -> str:
+    """The estimated time until the job ends, coarsely, `elapsed_s` after the estimate; empty if nobody knows.
+
+    While something remains it never says that nothing does: what takes longer than estimated has a few seconds left.
+    """
+    remaining_s: float | None = (progress or {}).get("remaining_s")  # a service of an earlier version sends none
+    if remaining_s is None:
+        return ""
+    left_s = remaining_s - elapsed_s
+    if left_s < 10:
+        return "a few seconds left"
+    if left_s < 55:
+        return f"about {math.ceil(left_s / 10) * 10} s left"
+    minutes = round(left_s / 60)
+    return f"about {minutes} min left" if minutes < 60 else f"about {minutes // 60} h {minutes % 60} min left"
+
+
+def format_step(progress: Json) -> str:
+    """The optimizer step and the epoch, each of how many."""
+    step = f"step {progress['step']}/{progress['total_steps']}"
+    return f"{step}, epoch {progress['epoch']:.2f}/{progress['total_epochs']:g}"
+
+
+def format_loss(loss: float | None) -> str:
+    """A loss with four digits, and a dash for none."""
+    return "–" if loss is None else f"{loss:.3f}" if 1e-3 <= abs(loss) < 1e4 or loss == 0 else f"{loss:.2e}"
 
 
 def format_cost(cost: Json) -> str:

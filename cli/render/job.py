@@ -1,21 +1,31 @@
 """Renders one job in full."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
+from cli.hints import translate_hint
 from cli.http_client import Json
+from cli.job_names import shorten_job_id
 from cli.render.formats import (
     OUTCOME_LABELS,
     PAUSE_LABELS,
     format_cost,
+    format_duration,
     format_fidelity,
+    format_loss,
     format_size,
     format_status,
+    format_step,
     format_time,
     format_time_left,
+    humanize,
 )
+from cli.render.trackers import describe_tracker
 
 # A service of an earlier version sends no content_perplexity.
 METRIC_LABELS = {
@@ -24,55 +34,105 @@ METRIC_LABELS = {
     "content_perplexity": "content perplexity",
     "accuracy": "accuracy",
 }
+NO_DATASETS: Mapping[str, Json] = MappingProxyType({})
+LABEL = 12  # columns of a field's name
+TALKING_KINDS = {"gguf", "merged", "adapter"}
 MAX_ATTEMPTS_SHOWN = 5  # the latest ones: a job with a time limit per attempt can have hundreds
 
 
-def print_job(console: Console, job: Json) -> None:
-    """Print the status, progress, attempts, metrics and artifacts of a job, and the command that continues it."""
-    console.print(f"[bold]{job['job_id']}[/]  {format_status(job['status'])}  {escape(job['job_name'])}")
+def print_job(
+    console: Console,
+    job: Json,
+    *,
+    with_setup: bool = True,
+    datasets: Mapping[str, Json] = NO_DATASETS,
+    decisions: Sequence[Json] = (),
+) -> None:
+    """Print a job: with its setup what it was made from, then how it is going, what it achieved and made, and the next commands.
+
+    `datasets` has the records of its datasets by id, as far as they exist; `decisions` the settings that its attempts chose.
+    """
+    word = shorten_job_id(job["job_id"]) if console.is_terminal else job["job_id"]
+    console.print(f"[bold]{job['job_id']}[/]  {format_status(job['status'])}  {escape(job['job_name'])}", highlight=False, soft_wrap=True)
     if job["failure"]:
         console.print(f"  [red]{job['failure']['code']}[/]: {escape(job['failure']['message'])}", highlight=False)
         if job["failure"]["hint"]:
-            console.print(f"  hint: {escape(job['failure']['hint'])}", highlight=False)
-    if reason := get_pending_reason(job):
-        console.print(f"  waiting: {escape(reason)}", highlight=False)
-    if job["pause_reason"] in PAUSE_LABELS:
-        console.print(f"  paused: {PAUSE_LABELS[job['pause_reason']]}", highlight=False)
-    for line in (*progress_lines(job), *attempt_lines(job["attempts"]), *metric_lines(job), *gate_lines(job["gate"])):
-        console.print(f"  {line}", highlight=False)
-    for line in artifact_lines(job["artifacts"]):
+            console.print(f"  hint: {escape(translate_hint(job['failure']['hint']))}", highlight=False)
+    lines = [*(setup_lines(job, datasets) if with_setup else ()), *progress_lines(job), *attempt_lines(job["attempts"])]
+    lines += [*metric_lines(job), *gate_lines(job["gate"]), *tracker_lines(job)]
+    lines += [f"{'decided':{LABEL}}{decision_line(decision)}" for decision in decisions]
+    for line in lines:
+        _print_field(console, line)
+    for line in artifact_lines(job, word):
         console.print(f"  {line}", highlight=False, soft_wrap=True)
-    for name, url in job["tracker_urls"].items():
-        console.print(f"  {name}: {escape(url)}", highlight=False, soft_wrap=True)
-    if command := continue_command(job):
-        console.print(f"  next step: {command}", highlight=False, soft_wrap=True)
+    for number, command in enumerate(next_commands(job, word)):
+        console.print(f"  {'next step:' if not number else '':10} {command}", highlight=False, soft_wrap=True)
 
 
-def get_pending_reason(job: Json) -> str | None:
-    """The reason that the current attempt is not launched yet, or None."""
-    return job["pending_reason"]
+def _print_field(console: Console, markup: str) -> None:
+    """Print a label and its value; a long value continues below its beginning."""
+    text = Text.from_markup(markup)
+    if len(text) + 2 <= console.width:
+        console.print(Text("  ") + text)
+        return
+    grid = Table.grid()
+    grid.add_row(Text("  ") + text[:LABEL], text[LABEL:])
+    console.print(grid)
+
+
+def setup_lines(job: Json, datasets: Mapping[str, Json]) -> Iterator[str]:
+    """The base, the data, the trainer and the hardware of a job."""
+    yield from _field("base", job["base_model_id"])
+    if earlier := job.get("earlier_model"):  # a service of an earlier version sends none
+        yield from _field("starts from", f"the {earlier['kind']} of {earlier['job_id']}")
+    shares: list[Json] = job.get("datasets") or [{"processed_dataset_id": job["processed_dataset_id"], "weight": 1.0}]
+    for number, share in enumerate(shares):
+        weight = f", weight {share['weight']:g}" if len(shares) > 1 else ""
+        yield from _field("dataset" if not number else "", _describe_dataset(share["processed_dataset_id"], datasets) + weight)
+    yield from _field("trainer", f"{job['trainer_type']}, {job['method']}")
+    yield from _field("hardware", f"{job['launcher']}/{job['hardware']}")
+    yield from _field("project", job["project_id"])
+    yield from _field("metadata", ", ".join(f"{name}={value}" for name, value in job.get("metadata", {}).items()))
+    yield from _field("clone of", job["cloned_from"])
+    if job["export_of"]:
+        yield from _field("exports", f"step {job['export_of']['step']} of {job['export_of']['job_id']}")
+    creator = f" by {job['created_by']}" if job.get("created_by") else ""
+    yield from _field("created", format_time(job["created_at"]) + creator)
+
+
+def _field(label: str, value: str | None) -> Iterator[str]:
+    if value:
+        yield f"{label:{LABEL}}{escape(value)}"
+
+
+def _describe_dataset(dataset_id: str, datasets: Mapping[str, Json]) -> str:
+    if (dataset := datasets.get(dataset_id)) is None:
+        return dataset_id
+    splits = ", ".join(f"{rows} {name}" for name, rows in dataset["splits"].items())
+    return f"{dataset['name']}, {dataset['rows']} rows ({splits}), {dataset_id}"
 
 
 def progress_lines(job: Json) -> Iterator[str]:
-    """The source of the job, its progress, its latest checkpoint and its cost."""
-    if job["cloned_from"]:
-        yield f"clone of    {job['cloned_from']}"
-    if earlier := job.get("earlier_model"):  # a service of an earlier version sends none
-        yield f"starts from the {earlier['kind']} of {earlier['job_id']}"
-    if len(datasets := job.get("datasets", [])) > 1:
-        shares = [f"{each['processed_dataset_id']} (weight {each['weight']:g})" for each in datasets]
-        yield f"mixes       {', '.join(shares)}"
-    if job["export_of"]:
-        yield f"exports     step {job['export_of']['step']} of {job['export_of']['job_id']}"
-    if job["progress"] and job["status"] != "completed":
-        progress = job["progress"]
-        time_left = f", {format_time_left(progress['eta_s'])}" if progress["eta_s"] is not None and job["status"] == "training" else ""
-        step, epoch = f"{progress['step']}/{progress['total_steps']}", f"{progress['epoch']:.2f}/{progress['total_epochs']:g}"
-        yield f"progress    step {step}, epoch {epoch}{time_left}"
+    """What the job waits for, how long it has run, its progress, its latest checkpoint and its cost."""
+    if reason := job["pending_reason"]:
+        yield f"{'waiting:':{LABEL}}{escape(reason)}"
+    if job["pause_reason"] in PAUSE_LABELS:
+        yield f"{'paused:':{LABEL}}{PAUSE_LABELS[job['pause_reason']]}"
+    if job.get("started_at"):
+        duration_s = job.get("duration_s")  # a service of an earlier version sends none
+        took = f"{', took' if job.get('finished_at') else ', for'} {format_duration(duration_s)}" if duration_s is not None else ""
+        yield from _field("started", format_time(job["started_at"]) + took)
+    if progress := job["progress"]:
+        phase = job.get("phase")
+        is_running = job["status"] in ("preparing", "training")
+        details = [humanize(phase)] if is_running and phase and phase != "training" else []
+        details += [left] if is_running and (left := format_time_left(progress)) else []
+        yield from _field("progress", ", ".join([format_step(progress), *details]))
+        if (loss := job.get("train_loss", progress.get("loss"))) is not None:
+            yield from _field("train loss", f"{format_loss(loss)} (at step {progress['step']})")
     if job["checkpoint"]:
-        yield f"checkpoint  step {job['checkpoint']['step']}, {format_time(job['checkpoint']['at'])}"
-    if cost := format_cost(job["cost"]):
-        yield f"cost        {cost}"
+        yield from _field("checkpoint", f"step {job['checkpoint']['step']}, {format_time(job['checkpoint']['at'])}")
+    yield from _field("cost", format_cost(job["cost"]))
 
 
 def attempt_lines(attempts: list[Json]) -> Iterator[str]:
@@ -95,19 +155,27 @@ def _outcome_label(attempt: Json) -> str:
 
 
 def metric_lines(job: Json) -> Iterator[str]:
-    """Metrics of the base model and of the tuned model."""
+    """Metrics on the held-out rows: of the base, and of the trained model."""
     before: Json = job["base_metrics"] or {}
     after: Json = job["metrics"] or {}
-    for name, label in METRIC_LABELS.items():
-        yield from _comparison_lines(label, before.get(name), after.get(name))
-    for name in sorted(after.get("values", {})):
-        yield from _comparison_lines(name, before.get("values", {}).get(name), after["values"][name])
+    rows: int | None = after.get("eval_rows") or before.get("eval_rows")
+    names = [(label, before.get(name), after.get(name)) for name, label in METRIC_LABELS.items()]
+    names += [(name, before.get("values", {}).get(name), after.get("values", {}).get(name)) for name in _value_names(before, after)]
+    for number, (label, base, tuned) in enumerate((label, base, tuned) for label, base, tuned in names if (base, tuned) != (None, None)):
+        meaning = _describe_comparison(base, tuned, rows if not number else None)
+        values = " → ".join(f"{value:.3f}" for value in (base, tuned) if value is not None)
+        yield f"{escape(label):{LABEL}}{values}{meaning}" if len(label) < LABEL else f"{escape(label)} {values}{meaning}"
 
 
-def _comparison_lines(label: str, before: float | None, after: float | None) -> Iterator[str]:
-    if after is not None:
-        arrow = f"{before:.3f} → " if before is not None else ""
-        yield f"{escape(label):11} {arrow}{after:.3f}"
+def _value_names(before: Json, after: Json) -> list[str]:
+    return sorted({*before.get("values", {}), *after.get("values", {})})
+
+
+def _describe_comparison(base: float | None, tuned: float | None, rows: int | None) -> str:
+    """Which models the values are of, and on how many rows if that is to be said."""
+    models = "base → tuned" if base is not None and tuned is not None else "base" if tuned is None else "tuned"
+    where = "" if rows is None else f", on the same {rows} held-out rows" if "→" in models else f", on {rows} held-out rows"
+    return f"  [dim]({models}{where})[/]"
 
 
 def gate_lines(gate: Json | None) -> Iterator[str]:
@@ -120,26 +188,48 @@ def gate_lines(gate: Json | None) -> Iterator[str]:
         yield f"gate        {escape(check['metric'])} {' and '.join(bounds)}: {outcome}"
 
 
-def artifact_lines(artifacts: list[Json]) -> Iterator[str]:
-    """One line per artifact with its URI and fidelity, and the Hub repositories."""
+def tracker_lines(job: Json) -> Iterator[str]:
+    """Where each tracker has the metrics, with a command for what it keeps in files."""
+    yield from (escape(describe_tracker(name, url)) for name, url in job["tracker_urls"].items())
+
+
+def decision_line(decision: Json) -> str:
+    """A setting that an attempt chose, its value and the reason."""
+    return f"{escape(decision['setting'])} = {escape(decision['value'])} [dim]({escape(decision['reason'])})[/]"
+
+
+def artifact_lines(job: Json, word: str) -> Iterator[str]:
+    """Per artifact its size, its fidelity, its URI and how to get it; and the Hub repositories."""
+    artifacts: list[Json] = job["artifacts"]
+    width = max((len(artifact["name"]) for artifact in artifacts), default=0)
     for artifact in artifacts:
-        yield f"{artifact['name']:14} {format_size(artifact['size_bytes']):>9}  {artifact['uri']}{format_fidelity(artifact)}"
+        yield f"{escape(artifact['name']):{width}} {format_size(artifact['size_bytes']):>9}{format_fidelity(artifact)}"
+        yield f"{'':{width}} [dim]{escape(artifact['uri'])}[/]"
         fidelity = artifact["fidelity"]
         if fidelity and fidelity.get("advice"):
-            yield f"{'':14} advice: {escape(fidelity['advice'])}"
+            yield f"{'':{width}} advice: {escape(translate_hint(fidelity['advice']))}"
     for url in dict.fromkeys(artifact["hub"]["url"] for artifact in artifacts if artifact["hub"]):
-        yield f"{'on the Hub':14} {escape(url)}"
+        yield f"on the Hub: {escape(url)}"
+    if len(artifacts) > 1 and job["gate_passed"] is not False:
+        yield f"[dim]to get one: tunesmith download {word} --artifact NAME[/]"
 
 
-def continue_command(job: Json) -> str | None:
-    """The command that continues a job from its checkpoint, or exports a model that did not pass its gate."""
+def next_commands(job: Json, word: str) -> list[str]:
+    """What a person may want to do next with a job; `word` names it in the commands."""
     match job["status"]:
+        case "queued" | "preparing" | "training" | "pausing" | "cancelling":
+            return [f"tunesmith watch {word}"]
         case "paused":
             caps = {"cost_cap": " --max-cost-usd MORE", "gpu_seconds_cap": " --max-gpu-seconds MORE"}
-            return f"tunesmith resume {job['job_id']}{caps.get(job['pause_reason'], '')}"
-        case "failed" | "cancelled" if job["checkpoint"]:
-            return f"tunesmith retry {job['job_id']}"
+            return [f"tunesmith resume {word}{caps.get(job['pause_reason'], '')}"]
+        case "failed" | "cancelled":
+            logs = [f"tunesmith logs {word}"] if job["status"] == "failed" and job["attempts"] else []
+            return ([f"tunesmith retry {word}"] if job["checkpoint"] else []) + logs
         case "completed" if job["gate_passed"] is False:
-            return f"tunesmith export {job['job_id']}  (publishes it anyway)"
+            return [f"tunesmith export {word}  (publishes it anyway)"]
+        case "completed":
+            kinds = {artifact["kind"] for artifact in job["artifacts"]}
+            can_talk = kinds & TALKING_KINDS and job.get("trainer_type") != "reward"
+            return ([f"tunesmith chat {word}"] if can_talk else []) + ([f"tunesmith download {word}"] if kinds else [])
         case _:
-            return None
+            return []

@@ -1,6 +1,8 @@
 """Download the base model from the deployment's object store, or else from the Hugging Face Hub."""
 
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,11 +58,9 @@ def download_from_store(store: ObjectStore, prefix: str, target: Path, kind: str
 
 
 def _download_from_hub(model_id: str, token: str | None) -> Path:
-    from httpx2 import TransportError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    try:
+    with explain_hub_errors(model_id, token):
         return retry_hub(
             # False: never use a token that is stored on this machine.
             lambda: Path(
@@ -68,6 +68,22 @@ def _download_from_hub(model_id: str, token: str | None) -> Path:
             ),
             tries=HUB_TRIES,
         )
+
+
+@contextmanager
+def explain_hub_errors(model_id: str, token: str | None) -> Generator[None]:
+    """Turn the errors of downloading a model into JobFailed, which says what would help."""
+    from httpx2 import TransportError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        yield
     except GatedRepoError as error:
         hint = f"accept the license at https://huggingface.co/{model_id} and send the hf_token of the account that did"
         raise JobFailed("auth", f"base model {model_id} is gated, and {_describe_token(token)} has no access to it", hint) from error
@@ -75,7 +91,7 @@ def _download_from_hub(model_id: str, token: str | None) -> Path:
         # The Hub answers the same for a model that does not exist and one that is private.
         message = f"base model {model_id} does not exist on the Hub, or is private and {_describe_token(token)} has no access to it"
         raise JobFailed("invalid_config", message, "check base_model_id; for a private model, send hf_token") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, TransportError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, TransportError) as error:
         status = http_status(error)
         if status in (401, 403):
             hint = "check that hf_token is valid and has access to this model"
@@ -84,7 +100,10 @@ def _download_from_hub(model_id: str, token: str | None) -> Path:
             raise JobFailed(
                 "internal", f"downloading base model {model_id} from the Hub failed with HTTP {status}", "retry the job later"
             ) from error
-        hint = f"allow network access, or put the model's files at pretrained_weights/huggingface/{model_id}/ in the model store"
+        hint = (
+            f"allow network access, or put the model's files at pretrained_weights/huggingface/{model_id}/ in the model store: "
+            f"tunesmith models import FOLDER --name {model_id}"
+        )
         raise JobFailed(
             "invalid_config", f"base model {model_id} is not in the model store, and the Hub cannot be reached", hint
         ) from error

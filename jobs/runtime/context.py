@@ -233,11 +233,12 @@ class JobContext:
 
     def log_tracker(self, tracker: str, url: str | None) -> None:
         """Report that a tracker has started, with the address of its run."""
+        event = TrackerStarted(tracker=tracker, url=url)
         if tracker == "wandb":
-            self.state.wandb_url = url
+            self.state.wandb_url = event.page
         if url:
             self.state.trackers[tracker] = url
-        self._log_and_report(TrackerStarted(tracker=tracker, url=url), tracker=tracker, url=url)
+        self._log_and_report(event, tracker=tracker, url=url)
 
     def log_artifact(self, artifact: Artifact) -> None:
         """Report an artifact that is uploaded and verified."""

@@ -9,11 +9,14 @@ import os
 import platform
 import sys
 from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
 
 from schema.capabilities import EnvironmentManifest, FamilyCapabilities
 from schema.training import TRAINER_TYPES
+
+TRACKER_MODULES = {"wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboardX", "trackio": "trackio"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +45,18 @@ def probe_environment(environment: str) -> EnvironmentManifest:
         known = sorted({config.environment for config in TRAINER_TYPES.values()})
         raise ValueError(f"no family of trainers uses it; known: {', '.join(known)}")
     families: dict[str, FamilyCapabilities] = {family: resolve_name(probe)() for family, probe in probes.items()}
-    return EnvironmentManifest(environment=environment, python=platform.python_version(), packages=installed_packages(), families=families)
+    return EnvironmentManifest(
+        environment=environment,
+        python=platform.python_version(),
+        packages=installed_packages(),
+        trackers=installed_trackers(),
+        families=families,
+    )
+
+
+def installed_trackers() -> tuple[str, ...]:
+    """The trackers whose packages this environment has."""
+    return tuple(tracker for tracker, module in TRACKER_MODULES.items() if find_spec(module) is not None)
 
 
 def installed_packages() -> dict[str, str]:

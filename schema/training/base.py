@@ -58,6 +58,7 @@ class BaseTrainingConfig(Strict):
     dataset_types: ClassVar[tuple[DatasetType, ...]]  # the dataset types that it can train on
     modalities: ClassVar[tuple[str, ...]] = ()  # what `summarize().modality` may be
     artifact_kinds: ClassVar[tuple[ArtifactKindInfo, ...]]  # a download without a name returns the first kind that the job has
+    resume_only_files: ClassVar[tuple[str, ...]] = ()  # large files of a checkpoint that only a continued training reads, not an export
     out_of_memory_hint: ClassVar[str] = "request hardware with more memory"
     phases: ClassVar[tuple[Phase, ...]]  # what an attempt may report to be doing, in the usual order
 

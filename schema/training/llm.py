@@ -47,6 +47,7 @@ class LlmTrainingConfig(BaseTrainingConfig):
         ArtifactKindInfo("onnx", "onnx_models"),
         ArtifactKindInfo("lora_gguf", "gguf_models"),
     )
+    resume_only_files: ClassVar[tuple[str, ...]] = ("optimizer.pt",)  # of a Full training twice the size of the weights
     out_of_memory_hint: ClassVar[str] = (
         "lower batch_size or max_seq_length (raise gradient_accumulation_steps to keep the effective batch), or use method LoRA"
     )

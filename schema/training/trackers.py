@@ -7,6 +7,9 @@ from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 from schema.base import Label, Strict, field_error
 from schema.types import SecretText
 
+# A job uses a tracker if its training config has `{name}_config`.
+TRACKERS = ("wandb", "mlflow", "tensorboard", "trackio")
+
 
 class WandbConfig(Strict):
     """Weights & Biases."""

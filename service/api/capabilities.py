@@ -17,8 +17,8 @@ from service.core.launchers import LauncherPool
 from service.core.ports import Launcher, Profile
 from service.core.principals import Scope
 from service.core.validation.llm_support import has_flash_attention, list_notes, list_options
+from service.core.validation.placement import list_trackers
 
-TRACKERS = ("wandb", "mlflow", "tensorboard", "trackio")
 DESTINATIONS = ("gcs", "hfhub")
 
 router = APIRouter(route_class=LimitedRoute, tags=["training"])
@@ -54,7 +54,7 @@ def capabilities_response(launchers: LauncherPool) -> dict[str, object]:
         },
         "trainer_types": _describe_trainer_types(launchers, environments),
         "graders": list(GRADER_TYPES),
-        "trackers": list(TRACKERS),
+        "trackers": list_trackers(manifest for manifests in environments.values() for manifest in manifests.values()),
     } | _describe_default(launchers, environments)
 
 

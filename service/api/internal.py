@@ -6,6 +6,7 @@ as well, so a token alone is of no use to anyone else on the machine or in the l
 The scheduler's endpoints are for a caller with the role `scheduler` or `operator`. They may be called at any time and repeatedly.
 """
 
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -114,10 +115,12 @@ def reconcile(services: ServicesDep, principal: PrincipalDep) -> dict[str, int]:
 @maintenance_router.post("/cleanup")
 @limits(timeout_s=MAINTENANCE_TIMEOUT_S)
 def clean_up(services: ServicesDep, principal: PrincipalDep, body: Annotated[CleanupRequest | None, Body()] = None) -> dict[str, Any]:
-    """Destroy secrets that outlived their job, end silent attempts of removed launchers, and delete orphans if requested."""
+    """Destroy secrets that outlived their job, end silent attempts of removed launchers, delete checkpoints of jobs that were completed
+    long ago, and delete orphans if requested."""
     services.jobs.reconciliation.reconcile_removed_launchers(principal)
     services.audit_log.delete_old_entries(principal)
     answer: dict[str, Any] = {"secrets_deleted": services.jobs.deletion.delete_stale_secrets(principal)}
+    answer["checkpoints_pruned"] = asdict(services.jobs.retention.prune_expired(principal))
     if not body or not body.orphans:
         return answer
     return answer | _render_orphans(services.jobs.deletion.delete_orphans(principal, min_age=timedelta(hours=body.min_age_hours)))

@@ -16,6 +16,7 @@ from schema.requests import CloneRequest, ExportRequest, ReexportRequest, Resume
 from schema.types import SECRET_PATTERN
 from service.api import log_stream, stream
 from service.api.dependencies import IdempotencyHeader, PrincipalDep, ServicesDep
+from service.api.job_list import JobList, JobQueryDep, job_row
 from service.api.responses import (
     CheckpointList,
     DeleteJobResponse,
@@ -23,24 +24,20 @@ from service.api.responses import (
     EventList,
     FileLink,
     JobDetail,
-    JobList,
     LogView,
     TrainResponse,
     checkpoint_list,
     event_row,
     job_detail,
-    job_row,
 )
 from service.api.route import MAINTENANCE_TIMEOUT_S, LimitedRoute, limits
 from service.api.validation_errors import BodyError
 from service.bootstrap import Services
 from service.core.errors import InvalidRequest
 from service.core.jobs.queries import LINK_TTL_S
-from service.core.ports import JobQuery
 
 router = APIRouter(route_class=LimitedRoute, prefix="/jobs", tags=["jobs"])
 
-Limit = Annotated[int, Query(ge=1, le=200, description="Rows on the page.")]
 # 2**53 is the largest integer that every JSON parser keeps exact, far beyond any real cursor.
 MAX_EVENT_ID = 2**53
 AfterEvent = Annotated[int, Query(ge=0, le=MAX_EVENT_ID)]
@@ -54,18 +51,17 @@ WEIGHT_SUFFIXES = (".gguf", "model.safetensors", ".safetensors")
 def list_jobs(
     services: ServicesDep,
     principal: PrincipalDep,
-    limit: Limit = 50,
-    cursor: Annotated[str | None, Query(max_length=500)] = None,
-    status: Status | None = None,
-    project_id: Id | None = None,
-    modality: Annotated[str | None, Query(max_length=40)] = None,
-    trainer_type: Annotated[str | None, Query(max_length=40)] = None,
+    query: JobQueryDep,
+    counts: Annotated[bool, Query(description="Also count the jobs of each status, among those that match the other filters.")] = False,
 ) -> Response:
     """Jobs, newest first."""
-    query = JobQuery(principal.tenant_id, limit, cursor, status, project_id, modality, trainer_type)
     page = services.jobs.queries.list_jobs(principal, query)
     now = services.jobs.repository.clock()
-    return _json_response({"jobs": [job_row(row, now) for row in page.rows], "next_cursor": page.next_cursor})
+    answer: dict[str, object] = {"jobs": [job_row(row, now) for row in page.rows], "next_cursor": page.next_cursor}
+    if counts:
+        found = services.jobs.queries.count_jobs_by_status(principal, query)
+        answer["counts"] = None if found is None else {str(status): found.get(status, 0) for status in Status}
+    return _json_response(answer)
 
 
 @router.get("/download/{job_id}")

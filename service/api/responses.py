@@ -27,34 +27,12 @@ from schema.types import Phase
 from service.core.event_store import StoredEvent
 from service.core.jobs.checkpoints import StoredCheckpoint
 from service.core.jobs.queries import JobView
-from service.core.ports import JobSummary
 
 
 class TrainResponse(BaseModel):
     """The job that was created."""
 
     job_id: str
-
-
-class JobRow(BaseModel):
-    """A job in a list."""
-
-    job_id: str
-    job_name: str
-    base_model_id: str
-    status: Status
-    modality: str
-    trainer_type: str
-    project_id: str | None
-    created_at: datetime
-    cost_usd: float | None  # what its compute has cost until now; null: no price is known
-
-
-class JobList(BaseModel):
-    """A page of jobs, newest first. `next_cursor` continues; null when there are no more."""
-
-    jobs: list[JobRow]
-    next_cursor: str | None
 
 
 class AttemptView(BaseModel):
@@ -121,6 +99,8 @@ class JobDetail(BaseModel):
     artifacts: list[Artifact]
     tracker_urls: dict[str, str]  # where each tracker shows the metrics
     project_id: str | None
+    metadata: dict[str, str]
+    created_by: str | None  # null: the deployment's earlier version created the job
     processed_dataset_id: str  # of several datasets the first
     datasets: list[DatasetShare]  # all of them, with their weights
     trainer_type: str
@@ -131,7 +111,9 @@ class JobDetail(BaseModel):
     updated_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    duration_s: float | None  # from started_at to finished_at, or until now; null: it has not started
     last_seen_at: datetime | None
+    train_loss: float | None  # of the latest optimizer step, on the scale of the trainer's own loss
 
 
 class EventRow(BaseModel):
@@ -261,27 +243,11 @@ class HealthResponse(BaseModel):
     version: str
 
 
-def job_row(summary: JobSummary, now: datetime) -> dict[str, object]:
-    """A JobRow, as plain values."""
-    usd = summary.cost.until(now).usd
-    return {
-        "job_id": summary.job_id,
-        "job_name": summary.job_name,
-        "base_model_id": summary.base_model_id,
-        "status": summary.status,
-        "modality": summary.modality,
-        "trainer_type": summary.trainer_type,
-        "project_id": summary.project_id,
-        "created_at": summary.created_at,
-        "cost_usd": None if usd is None else round(usd, 4),
-    }
-
-
 def job_detail(view: JobView) -> JobDetail:
     """A job as the API shows it."""
     job, heartbeat = view.job, view.heartbeat
     config, summary = job.training_config, job.training_config.summarize()
-    placement = job.attempt.placement if job.attempt and job.status.is_active else job.placements[0]
+    placement = job.shown_placement
     weights = [artifact for artifact in job.artifacts if artifact.kind in ("adapter", "merged")]
     ggufs = [artifact for artifact in job.artifacts if artifact.kind == "gguf"]
     return JobDetail(
@@ -316,6 +282,8 @@ def job_detail(view: JobView) -> JobDetail:
         artifacts=list(job.artifacts),
         tracker_urls=job.tracker_urls,
         project_id=job.project_id,
+        metadata=job.metadata,
+        created_by=job.created_by,
         processed_dataset_id=job.processed_dataset_id,
         datasets=list(job.datasets) or [DatasetShare(processed_dataset_id=job.processed_dataset_id, weight=1.0)],
         trainer_type=config.trainer_type,
@@ -325,8 +293,17 @@ def job_detail(view: JobView) -> JobDetail:
         updated_at=job.updated_at,
         started_at=job.started_at,
         finished_at=job.finished_at,
+        duration_s=_duration_s(view),
         last_seen_at=heartbeat.received_at if heartbeat else None,
+        train_loss=heartbeat.progress.loss if heartbeat and heartbeat.progress else None,
     )
+
+
+def _duration_s(view: JobView) -> float | None:
+    """Rounded to a tenth of a second, and never negative, although two clocks may differ."""
+    if view.job.started_at is None:
+        return None
+    return round(max(0.0, ((view.job.finished_at or view.now) - view.job.started_at).total_seconds()), 1)
 
 
 def _cost_view(view: JobView) -> CostView:

@@ -6,9 +6,7 @@ from typing import Literal
 
 from schema.events import Event, EventBatch, WarningRaised
 from schema.job import Job, Status
-from service.core.accrual import summarize_cost
 from service.core.event_store import Heartbeat
-from service.core.ports import JobEntry, JobSummary
 from service.core.stored_json import make_storable
 
 IDEMPOTENCY_TTL = timedelta(hours=24)
@@ -24,27 +22,6 @@ TOO_MANY_EVENTS = WarningRaised(
     code="too_many_events",
     message=f"the job has reached {MAX_JOB_EVENTS} events or {MAX_JOB_EVENT_BYTES >> 20} MiB of them; later metrics are not stored",
 )
-
-
-def summarize_job(job: Job) -> JobSummary:
-    """The fields of a job that a list shows."""
-    summary = job.training_config.summarize()
-    return JobSummary(
-        job_id=job.job_id,
-        job_name=job.job_name,
-        base_model_id=summary.base_model_id,
-        status=job.status,
-        modality=summary.modality,
-        trainer_type=job.training_config.trainer_type,
-        project_id=job.project_id,
-        created_at=job.created_at,
-        cost=summarize_cost(job),
-    )
-
-
-def make_entry(job: Job) -> JobEntry:
-    """What is indexed beside a job's record."""
-    return JobEntry(job.tenant_id, summarize_job(job))
 
 
 def work_state_of(job: Job) -> Literal["queued", "active"] | None:

@@ -130,8 +130,8 @@ def apply_event(job: Job, number: int, event: Event, now: datetime) -> Job:
             return job.model_copy(update={"base_metrics": metrics, "updated_at": now})
         case EvaluationCompleted(metrics=metrics):
             return job.model_copy(update={"metrics": metrics, "updated_at": now})
-        case TrackerStarted(tracker=tracker, url=str(url)):
-            wandb = {"wandb_url": url} if tracker == "wandb" else {}
+        case TrackerStarted(tracker=tracker, url=str(url), page=page):
+            wandb = {"wandb_url": page} if tracker == "wandb" else {}
             return job.model_copy(update={"tracker_urls": job.tracker_urls | {tracker: url}, "updated_at": now, **wandb})
         case GateEvaluated(gate=gate):
             return job.model_copy(update={"gate": gate, "updated_at": now})
@@ -264,6 +264,9 @@ def request_retry(
         raise Conflict(f"{job.job_id} is {job.status}; only a failed or cancelled job can be retried", hint=hint)
     if job.deletion_started_at is not None:
         raise Conflict(f"{job.job_id} is being deleted")
+    if _lost_checkpoints(job) and not from_start:
+        message = f"the checkpoints of {job.job_id} were deleted, so a retry cannot continue it"
+        raise Conflict(message, hint="send from_start: true, and the retry trains it again")
     next_attempt = len(job.attempts) + 1
     return _transition(
         job,
@@ -278,6 +281,12 @@ def request_retry(
         training_config=training_config or job.training_config,
         placements=placements or job.placements,
     )
+
+
+def _lost_checkpoints(job: Job) -> bool:
+    """Whether all checkpoints that a retry would continue from were deleted, after the last attempt."""
+    deleted, attempt = job.checkpoints_deleted, job.attempt
+    return deleted is not None and deleted.kept_step is None and attempt is not None and attempt.created_at <= deleted.at
 
 
 def start_deletion(job: Job, now: datetime) -> Job:

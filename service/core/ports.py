@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from schema.capabilities import EnvironmentManifest
 from schema.dataset import Dataset
 from schema.events import Event
 from schema.job import Failure, Job, Status
-from service.core.accrual import JobCost
 from service.core.event_store import EventStore
+from service.core.job_lists import JobEntry, JobQuery, ListedJob
 from service.core.limits import Limits
 from service.core.usage import UsageStore
 from storage import ObjectStore
@@ -19,42 +18,6 @@ Row = TypeVar("Row")
 Wake = Callable[[str], None]  # called with a job's id when its next step can be taken
 
 # --- records ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class JobSummary:
-    """A job in a list: the fields that are indexed beside its record."""
-
-    job_id: str
-    job_name: str
-    base_model_id: str
-    status: Status
-    modality: str
-    trainer_type: str
-    project_id: str | None
-    created_at: datetime
-    cost: JobCost = field(default_factory=JobCost)  # empty for a record of an earlier version
-
-
-@dataclass(frozen=True)
-class JobEntry:
-    """What is indexed beside a job's record, and known when the record cannot be read."""
-
-    tenant_id: str
-    summary: JobSummary
-
-
-@dataclass(frozen=True)
-class JobQuery:
-    """Which jobs, newest first. A filter that is None matches every job."""
-
-    tenant_id: str
-    limit: int = 50
-    after: str | None = None  # a cursor from an earlier page
-    status: Status | None = None
-    project_id: str | None = None
-    modality: str | None = None
-    trainer_type: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +63,18 @@ class JobStore(EventStore, UsageStore, Protocol):
         """
         ...
 
-    def list_jobs(self, query: JobQuery) -> Page[JobSummary]:
-        """A page of a tenant's jobs, newest first. Raises InvalidRequest for a malformed cursor."""
+    def list_jobs(self, query: JobQuery) -> Page[ListedJob]:
+        """A page of a tenant's jobs, newest first. Raises InvalidRequest for a malformed cursor.
+
+        A store that looks for jobs in a bounded number of records may return fewer than the limit, even none, with a cursor that goes on.
+        """
+        ...
+
+    def count_jobs_by_status(self, query: JobQuery) -> dict[Status, int] | None:
+        """How many jobs each status has among those that match the query, whatever its statuses, limit and cursor.
+
+        None when a search matches more records than the store reads to count them.
+        """
         ...
 
     def list_queued_jobs(self, launcher: str | None, limit: int) -> list[Job]:
@@ -251,6 +224,15 @@ class Launcher(Protocol):
         ...
 
 
+@runtime_checkable
+class AttemptOwner(Protocol):
+    """A launcher whose attempts end when the service stops: they save their state and continue at the next start."""
+
+    def count_attempts(self) -> int:
+        """How many run now."""
+        ...
+
+
 @dataclass(frozen=True)
 class ExitReason:
     """Why an attempt ended that wrote no result."""
@@ -302,6 +284,15 @@ class LogReader(Protocol):
 
     def delete_log(self, name: str) -> bool:
         """Delete the output. False when there was none."""
+        ...
+
+
+@runtime_checkable
+class LogMeter(Protocol):
+    """A launcher that keeps the output of attempts, and knows how much it has."""
+
+    def measure_logs(self, job_id: str) -> int:
+        """Bytes of the output, and of the working folders, of all attempts of a job."""
         ...
 
 

@@ -24,6 +24,9 @@ PUBLIC = ("get_root", "get_docs", "get_health", "download_file", "log_in", "log_
 OWN_ANSWERS = (
     "get_capabilities",
     "get_whoami",
+    "list_models",
+    "get_model",
+    "get_storage",
     "list_jobs",
     "list_datasets",
     "list_keys",

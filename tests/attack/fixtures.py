@@ -182,7 +182,7 @@ FIXTURES: dict[str, Callable[[World], ValidRequest]] = {
     "get_capabilities": lambda _: ValidRequest("GET", "/capabilities", 200),
     "list_models": lambda _: ValidRequest("GET", "/models", 200),
     "get_model": lambda _: ValidRequest("GET", "/models/{name}", 200, path={"name": BASE_MODEL}),
-    "list_jobs": lambda _: ValidRequest("GET", "/jobs", 200, query={"limit": "200"}),
+    "list_jobs": lambda _: ValidRequest("GET", "/jobs", 200, query={"limit": "200", "counts": "true"}),
     "get_download_links": lambda world: ValidRequest("GET", "/jobs/download/{job_id}", 200, path={"job_id": world.completed_job_id}),
     "get_job": _of_job("GET", "", 200, _completed),
     "delete_job": _of_job("DELETE", "", 200, World.cancelled_job),
@@ -193,6 +193,8 @@ FIXTURES: dict[str, Callable[[World], ValidRequest]] = {
     "clone_job": _of_job("POST", "/clone", 201, _completed, body={}),
     "export_job": _of_job("POST", "/export", 201, _completed, body={}),
     "list_checkpoints": _of_job("GET", "/checkpoints", 200, _completed),
+    "delete_checkpoints": _of_job("DELETE", "/checkpoints", 200, World.cancelled_job),
+    "get_storage": lambda _: ValidRequest("GET", "/storage", 200),
     "export_checkpoint": lambda world: ValidRequest(
         "POST",
         "/jobs/{job_id}/checkpoints/{step}/export",
@@ -201,6 +203,7 @@ FIXTURES: dict[str, Callable[[World], ValidRequest]] = {
         body={},
     ),
     "list_job_events": _of_job("GET", "/events", 200, _completed),
+    "get_job_metrics": _of_job("GET", "/metrics", 200, _completed, query={"points": "10"}),
     "read_job_logs": _of_job("GET", "/logs", 200, _completed),
     "upload_dataset": lambda world: ValidRequest(
         "POST", "/datasets", 201, form={"name": f"{world.mark} upload"}, file=("rows.jsonl", world.rows())

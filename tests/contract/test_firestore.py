@@ -5,6 +5,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ from schema.events import EventBatch, MetricsLogged, ReportedEvent, StatusChange
 from schema.job import Job, Status
 from service.adapters.access.firestore import FirestoreAccessStore
 from service.adapters.jobstores.cursors import encode_cursor
+from service.adapters.jobstores.firestore import job_lists
 from service.adapters.jobstores.firestore.documents import FILTERS
 from service.adapters.jobstores.firestore.events import EVENTS_TTL
 from service.adapters.jobstores.firestore.store import FirestoreJobStore
 from service.core.access.audit import RETENTION
 from service.core.access.ports import AuditQuery
 from service.core.errors import Conflict, IdempotencyConflict, InvalidRequest, StaleRevision, Unavailable
+from service.core.job_lists import JobQuery
 from service.core.job_store_rules import IDEMPOTENCY_TTL
-from service.core.ports import IdempotencyKey, JobQuery
+from service.core.ports import IdempotencyKey
 from storage.deadline import deadline
 from tests.contract.test_access_store import make_entry, make_key
 from tests.factories import START, make_attempt, make_dataset, make_job
@@ -369,6 +372,22 @@ def test_malformed_cursor_is_rejected(store: FirestoreJobStore, position: tuple[
 # --- indexes: the emulator needs none, so only these tests find a missing one ----------------------------------------
 
 
+def iter_filtered_queries() -> Iterator[JobQuery]:
+    """Every combination of the filters that Firestore matches, without and with a term."""
+    values: dict[str, Any] = {
+        "statuses": (Status.FAILED,),
+        "project_id": "p",
+        "modality": "text",
+        "trainer_type": "sft",
+        "created_by": "local",
+        "metadata": (("team", "search"),),
+    }
+    assert len(values) == len(FILTERS) + 1
+    for count in range(len(values) + 1):
+        for names in itertools.combinations(values, count):
+            yield JobQuery("local", **{name: values[name] for name in names})
+
+
 def call_every_method(store: FirestoreJobStore) -> None:
     """Call every method with every combination of filters."""
     shares = tuple(DatasetShare(processed_dataset_id=dataset_id, weight=1.0) for dataset_id in ("dataset_1", "dataset_2"))
@@ -378,11 +397,11 @@ def call_every_method(store: FirestoreJobStore) -> None:
     store.append_events("job-1", 1, make_batch(0, 1), START)
     store.create_dataset(make_dataset())
     cursor = encode_cursor("2026-01-01", "x")
-    values = {"status": Status.FAILED, "project_id": "p", "modality": "text", "trainer_type": "sft"}
-    for count in range(len(FILTERS) + 1):
-        for names in itertools.combinations(FILTERS, count):
-            for after in (None, cursor):
-                store.list_jobs(JobQuery("local", after=after, **{name: values[name] for name in names}))
+    several = (Status.FAILED, Status.QUEUED)
+    for query in iter_filtered_queries():
+        store.list_jobs(query)
+        store.list_jobs(replace(query, after=cursor, created_from=START, created_before=START + timedelta(days=1)))
+        store.list_jobs(replace(query, statuses=several if query.statuses else (), search="a job-1"))
     for after in (None, cursor):
         store.list_datasets("local", after=after)
     store.list_queued_jobs(None, 1)
@@ -396,17 +415,17 @@ def call_every_method(store: FirestoreJobStore) -> None:
 class RecordedQuery:
     """A query as sent: its collection, equality fields, range fields and order."""
 
-    def __init__(self, query: StructuredQuery) -> None:
+    def __init__(self, query: StructuredQuery, *, is_counted: bool = False) -> None:
         assert len(query.from_) == 1
         assert not query.from_[0].all_descendants
-        assert query.limit or query.order_by[0].field.field_path == "__name__"
+        assert is_counted or query.limit or query.order_by[0].field.field_path == "__name__"
         self.collection = query.from_[0].collection_id
         filters = list(query.where.composite_filter.filters) or [query.where]
         field_filters = [part.field_filter for part in filters if part.field_filter.field.field_path]
         conditions = [(field_filter.field.field_path, field_filter.op.name) for field_filter in field_filters]
-        self.equality_fields = {path for path, op in conditions if op in ("EQUAL", "ARRAY_CONTAINS")}
-        self.array_fields = {path for path, op in conditions if op == "ARRAY_CONTAINS"}
-        self.range_fields = {path for path, op in conditions if op not in ("EQUAL", "ARRAY_CONTAINS")}
+        self.array_fields = {path for path, op in conditions if op.startswith("ARRAY_CONTAINS")}
+        self.equality_fields = {path for path, op in conditions if op in ("EQUAL", "IN")} | self.array_fields
+        self.range_fields = {path for path, _ in conditions} - self.equality_fields
         self.order_by = [(order.field.field_path, order.direction.name) for order in query.order_by]
 
     def __repr__(self) -> str:
@@ -426,14 +445,14 @@ class RecordedQuery:
         Firestore's rule: a composite index serves its equalities and then its order; several are merged when each has one of the
         equalities and all have the same order.
         """
-        if self.range_fields - {"__name__"}:
+        if self.range_fields - {"__name__", self.order_by[0][0]}:
             return None
         if not self.indexed_order:
             indexed = [has_single_field_index(self.collection, path, is_array=path in self.array_fields) for path in self.equality_fields]
             return [] if all(indexed) and len(indexed) < 2 else None
         needed = [[(path, "CONTAINS" if path in self.array_fields else "ASCENDING"), *self.indexed_order] for path in self.equality_fields]
         indexes = [index for index in INDEXES["indexes"] if index["collectionGroup"] == self.collection and index_keys(index) in needed]
-        return indexes if len(indexes) == len(needed) and not self.range_fields else None
+        return indexes if len(indexes) == len(needed) else None
 
 
 def index_keys(index: dict[str, Any]) -> list[tuple[str, str]]:
@@ -454,7 +473,7 @@ def test_queries_and_indexes_match(store: FirestoreJobStore, monkeypatch: pytest
     call_every_method(store)
     store.delete_job("job-1")
     queries = [RecordedQuery(request["structured_query"]) for request in interceptor.requests]
-    assert len({frozenset(query.equality_fields) for query in queries if query.collection == "jobs"}) == 2 ** len(FILTERS) + 4
+    assert len({frozenset(query.equality_fields) for query in queries if query.collection == "jobs"}) == 2 ** (len(FILTERS) + 1) + 4
     used: list[dict[str, Any]] = []
     for query in queries:
         indexes = query.find_indexes()
@@ -494,6 +513,92 @@ def test_sums_and_counts_match_indexes(store: FirestoreJobStore, monkeypatch: py
     assert [keys for keys in needed if keys not in listed] == []
     assert [keys for keys in listed if keys[0][0] == "scope" and keys not in needed] == []
     assert len(needed) == 5
+
+
+def test_counts_by_status_match_indexes(store: FirestoreJobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Firestore counts what it can select itself: one count for each status."""
+    counts = RpcInterceptor(store, "run_aggregation_query", monkeypatch)
+    reads = RpcInterceptor(store, "run_query", monkeypatch)
+    store.count_jobs_by_status(JobQuery("local"))
+    store.count_jobs_by_status(JobQuery("local", project_id="p", created_by="s", metadata=(("team", "search"),), created_from=START))
+    counted = [request["structured_aggregation_query"].structured_query for request in counts.requests]
+    assert len(counted) == 2 * len(Status)
+    assert all(RecordedQuery(query, is_counted=True).find_indexes() for query in counted)
+    assert reads.requests == []
+
+
+def test_page_reads_heartbeats_once_and_none_of_jobs_without_attempts(store: FirestoreJobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(4):
+        attempts = (make_attempt(),) if n < 2 else ()
+        store.create_job(make_job(f"job-{n}", attempts=attempts, created_at=START + timedelta(seconds=n)))
+        store.append_events(f"job-{n}", 1, make_batch(0, 1), START)
+    reads = RpcInterceptor(store, "batch_get_documents", monkeypatch)
+    rows = store.list_jobs(JobQuery("local")).rows
+    assert [row.heartbeat is not None for row in rows] == [False, False, True, True]
+    assert [len(request["documents"]) for request in reads.requests] == [2]
+    reads.requests.clear()
+    store.list_jobs(JobQuery("local", created_from=START + timedelta(seconds=2)))
+    assert reads.requests == []
+
+
+def test_search_reads_a_bounded_number_of_documents_and_its_cursor_goes_on(
+    store: FirestoreJobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_lists, "MAX_SCANNED", 4)
+    monkeypatch.setattr(job_lists, "SCANNED_PER_READ", 2)
+    for n in range(11):
+        name = "red-apple" if n == 0 else "red pear"  # the oldest
+        store.create_job(make_job(f"job-{n:02}", job_name=name, created_at=START + timedelta(seconds=n)))
+    reads = RpcInterceptor(store, "run_query", monkeypatch)
+    pages: list[list[str]] = []
+    cursor = None
+    while cursor or not pages:
+        page = store.list_jobs(JobQuery("local", limit=1, search="-", after=cursor))  # punctuation is in no term
+        pages.append([row.job_id for row in page.rows])
+        cursor = page.next_cursor
+    assert pages == [[], [], ["job-00"]]
+    assert sum(request["structured_query"].limit for request in reads.requests) <= 3 * (4 + 2)
+
+
+def test_search_finds_beginnings_of_words(store: FirestoreJobStore) -> None:
+    store.create_job(make_job(job_name="Red apples of Bordeaux-in-an-unusually-long-name"))
+
+    def is_found(search: str) -> bool:
+        return bool(store.list_jobs(JobQuery("local", search=search)).rows)
+
+    assert all(is_found(search) for search in ("r", "APP", "red apples", "d apple", "unusually-long-name", "bordeaux-in", "unusually"))
+    assert not any(is_found(search) for search in ("pples", "ordeaux", "red pears"))
+
+
+def test_count_of_a_search_reads_a_bounded_number_of_documents(store: FirestoreJobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_lists, "MAX_COUNTED", 2)
+    for n in range(3):
+        store.create_job(make_job(f"job-{n}", job_name="pear" if n else "apple"))
+    assert store.count_jobs_by_status(JobQuery("local", search="pear")) == {Status.QUEUED: 2}
+    store.create_job(make_job("job-4", job_name="pear"))
+    assert store.count_jobs_by_status(JobQuery("local", search="pear")) is None
+    assert store.count_jobs_by_status(JobQuery("local")) is not None
+
+
+def test_job_of_an_earlier_version_is_listed(store: FirestoreJobStore) -> None:
+    """Its summary is a map of fewer fields, and it has no search terms."""
+    store.create_job(make_job(project_id="p", created_by="someone"))
+    document = store._database.client.document("jobs/job-1")  # pyright: ignore[reportPrivateUsage]
+    summary = {
+        "job_name": "a job",
+        "base_model_id": "google/gemma-3-270m",
+        "status": "queued",
+        "modality": "text",
+        "trainer_type": "sft",
+        "project_id": "p",
+        "cost": '{"gpu_seconds":3.0}',
+    }
+    document.update({"summary": summary, "search_terms": DELETE_FIELD, "list_filters.created_by": DELETE_FIELD})
+    [row] = store.list_jobs(JobQuery("local", project_id="p")).rows
+    assert (row.summary.job_name, row.summary.created_by, row.summary.cost.gpu_seconds) == ("a job", None, 3.0)
+    assert store.list_jobs(JobQuery("local", created_by="someone")).rows == []
+    store.replace_job(make_job(project_id="p", created_by="someone"))
+    assert [row.job_id for row in store.list_jobs(JobQuery("local", created_by="someone", search="a job")).rows] == ["job-1"]
 
 
 def test_query_without_index_is_detected() -> None:

@@ -4,7 +4,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from schema.events import (
     StatusChanged,
     WarningRaised,
 )
-from schema.job import Job, Progress, Sample, Status
+from schema.job import EvalMetrics, Job, Progress, Sample, Status
 from schema.placement import Placement
 from schema.training.llm_graders import JsonSchemaGrader
 from service.adapters.jobstores import JOB_STORES
@@ -30,6 +30,7 @@ from service.adapters.jobstores.cursors import encode_cursor
 from service.adapters.jobstores.firestore.store import FirestoreJobStore
 from service.adapters.jobstores.memory import MemoryJobStore
 from service.adapters.jobstores.sqlite import SqliteJobStore
+from service.adapters.jobstores.sqlite_lists import select_page
 from service.bootstrap import load_adapter
 from service.core import job_store_rules
 from service.core.errors import (
@@ -44,8 +45,10 @@ from service.core.errors import (
     UnreadableRecord,
 )
 from service.core.event_store import StoredEvent
-from service.core.ports import IdempotencyKey, JobQuery, JobStore
+from service.core.job_lists import JobQuery, ListedJob, summarize_job
+from service.core.ports import IdempotencyKey, JobStore
 from service.core.stored_json import MAX_EVENT_BYTES, MAX_RECORD_BYTES, MAX_SAMPLES_EVENT_BYTES
+from tests.contract.sqlite_versions import downgrade
 from tests.factories import START, make_attempt, make_dataset, make_grpo_config, make_job
 
 BUILDERS: dict[str, Callable[[type, pytest.FixtureRequest], JobStore]] = {
@@ -194,11 +197,11 @@ def test_new_job_does_not_shift_pages(store: JobStore) -> None:
 @pytest.mark.parametrize(
     ("filters", "job_ids"),
     [
-        ({"status": Status.FAILED}, ["job-2"]),
+        ({"statuses": (Status.FAILED,)}, ["job-2"]),
         ({"project_id": "p"}, ["job-1"]),
         ({"modality": "vision"}, []),
         ({"trainer_type": "sft"}, ["job-2", "job-1", "job-0"]),
-        ({"status": Status.QUEUED, "project_id": "p"}, ["job-1"]),
+        ({"statuses": (Status.QUEUED,), "project_id": "p"}, ["job-1"]),
     ],
 )
 def test_filters_select_matching_jobs(store: JobStore, filters: dict[str, str], job_ids: list[str]) -> None:
@@ -207,6 +210,179 @@ def test_filters_select_matching_jobs(store: JobStore, filters: dict[str, str], 
     store.create_job(make_job("job-2", status=Status.FAILED, created_at=START + timedelta(seconds=2)))
     store.create_job(make_job("job-3", tenant_id="other", project_id="p", status=Status.FAILED))
     assert [row.job_id for row in store.list_jobs(JobQuery("local", **filters)).rows] == job_ids
+
+
+def list_all_ids(store: JobStore, **filters: Any) -> list[str]:
+    """The ids of all pages, the newest job first."""
+    found: list[str] = []
+    cursor: str | None = ""
+    while cursor is not None:
+        page = store.list_jobs(JobQuery("local", limit=2, after=cursor or None, **filters))
+        found += [row.job_id for row in page.rows]
+        cursor = page.next_cursor
+    return found
+
+
+def create_varied_jobs(store: JobStore) -> None:
+    """Eight jobs of one tenant, a second apart, and one of another tenant that has everything that they have."""
+    statuses = (Status.QUEUED, Status.FAILED, Status.COMPLETED, Status.TRAINING)
+    for n in range(8):
+        job = make_job(
+            f"training_dataset_gemma-3-270m_00000000{n}d21" if n < 2 else f"job-{n}",
+            job_name=("Support bot", "Änderungs-Bot v2", "100% of it_all", "a job")[n % 4],
+            status=statuses[n % 4],
+            project_id="p" if n < 4 else None,
+            created_by="ann" if n % 2 else "ben",
+            metadata={"team": "search" if n < 6 else "ads", "run": str(n)},
+            created_at=START + timedelta(seconds=n),
+        )
+        store.create_job(job)
+    everything: dict[str, Any] = {"project_id": "p", "created_by": "ann", "metadata": {"team": "search", "run": "1"}}
+    store.create_job(make_job("foreign-1d21", tenant_id="other", job_name="Support bot v2", status=Status.FAILED, **everything))
+
+
+ID_0, ID_1 = "training_dataset_gemma-3-270m_000000000d21", "training_dataset_gemma-3-270m_000000001d21"
+TWO_SECONDS, SIX_SECONDS = START + timedelta(seconds=2), START + timedelta(seconds=6)
+LIST_FILTERS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"statuses": (Status.FAILED, Status.QUEUED)}, ["job-5", "job-4", ID_1, ID_0]),
+    ({"statuses": (Status.FAILED, Status.QUEUED, Status.PAUSED), "project_id": "p"}, [ID_1, ID_0]),
+    ({"statuses": (Status.FAILED, Status.QUEUED), "created_by": "ben"}, ["job-4", ID_0]),
+    ({"statuses": (Status.PAUSED,)}, []),
+    ({"statuses": tuple(Status), "metadata": (("team", "ads"),)}, ["job-7", "job-6"]),
+    ({"search": "support"}, ["job-4", ID_0]),
+    ({"search": "BOT"}, ["job-5", "job-4", ID_1, ID_0]),
+    ({"search": "bot", "statuses": (Status.FAILED,)}, ["job-5", ID_1]),
+    ({"search": "bot", "modality": "text", "trainer_type": "sft"}, ["job-5", "job-4", ID_1, ID_0]),
+    ({"search": "änderungs-bot V2"}, ["job-5", ID_1]),
+    ({"search": "A\u0308nderungs"}, ["job-5", ID_1]),  # the same letter in two characters
+    ({"search": "100%"}, ["job-6", "job-2"]),
+    ({"search": "t_a"}, ["job-6", "job-2"]),
+    ({"search": "_"}, ["job-6", "job-2"]),
+    ({"search": "%"}, ["job-6", "job-2"]),
+    ({"search": "nothing"}, []),
+    ({"search": "0d21"}, [ID_0]),
+    ({"search": "…1d21"}, [ID_1]),
+    ({"search": "...1D21"}, [ID_1]),
+    ({"search": ID_0}, [ID_0]),
+    ({"search": "270m_000000001d21"}, [ID_1]),
+    ({"search": "d21"}, []),  # too short for the end of an id, and in no name
+    ({"search": "…bot"}, []),  # with an ellipsis it is the end of an id only
+    ({"search": "foreign"}, []),
+    ({"metadata": (("team", "search"),)}, ["job-5", "job-4", "job-3", "job-2", ID_1, ID_0]),
+    ({"metadata": (("team", "search"), ("run", "4"))}, ["job-4"]),
+    ({"metadata": (("team", "search"), ("team", "ads"))}, []),
+    ({"metadata": (("team", "sear"),)}, []),
+    ({"metadata": (("team", "search"),), "search": "support", "created_by": "ben"}, ["job-4", ID_0]),
+    ({"created_by": "ann"}, ["job-7", "job-5", "job-3", ID_1]),
+    ({"created_by": "ann", "project_id": "p"}, ["job-3", ID_1]),
+    ({"created_by": "ann", "search": "bot"}, ["job-5", ID_1]),
+    ({"created_by": "nobody"}, []),
+    ({"created_from": TWO_SECONDS, "created_before": SIX_SECONDS}, ["job-5", "job-4", "job-3", "job-2"]),
+    ({"created_from": TWO_SECONDS, "created_before": SIX_SECONDS, "search": "bot"}, ["job-5", "job-4"]),
+    ({"created_from": TWO_SECONDS, "metadata": (("team", "ads"),)}, ["job-7", "job-6"]),
+    ({"created_from": SIX_SECONDS, "statuses": (Status.QUEUED, Status.TRAINING, Status.COMPLETED)}, ["job-7", "job-6"]),
+    ({"created_from": SIX_SECONDS, "created_before": TWO_SECONDS}, []),
+]
+
+
+def test_jobs_are_found_by_every_filter(store: JobStore) -> None:
+    create_varied_jobs(store)
+    found = [list_all_ids(store, **filters) for filters, _ in LIST_FILTERS]
+    assert found == [expected for _, expected in LIST_FILTERS]
+
+
+def test_counts_by_status_follow_the_other_filters(store: JobStore) -> None:
+    create_varied_jobs(store)
+    for filters, _ in LIST_FILTERS:
+        query = JobQuery("local", limit=1, after="ignored", **filters)
+        counts = store.count_jobs_by_status(query)
+        assert counts is not None
+        expected = {status: len(list_all_ids(store, **filters | {"statuses": (status,)})) for status in Status}
+        assert {status: counts.get(status, 0) for status in Status} == expected, filters
+
+
+def test_found_job_follows_its_record(store: JobStore) -> None:
+    job = store.create_job(make_job(job_name="before", metadata={"a": "b"}, created_by="ann"))
+    store.replace_job(job.model_copy(update={"job_name": "after", "metadata": {"a": "c"}, "status": Status.FAILED}))
+    assert list_all_ids(store, search="before") == list_all_ids(store, metadata=(("a", "b"),)) == []
+    assert list_all_ids(store, search="after", metadata=(("a", "c"),), created_by="ann", statuses=(Status.FAILED,)) == ["job-1"]
+    store.delete_job("job-1")
+    assert list_all_ids(store, search="after") == list_all_ids(store, metadata=(("a", "c"),)) == list_all_ids(store, created_by="ann") == []
+    assert store.count_jobs_by_status(JobQuery("local", search="after")) == {}
+    store.create_job(make_job())  # nothing is left of it that would be in the way
+    assert list_all_ids(store, search="a job") == ["job-1"]
+
+
+def test_part_within_a_word_is_found(tmp_path: Path) -> None:
+    """Except on Firestore, whose indexes hold beginnings of words."""
+    for store in (SqliteJobStore(tmp_path / "jobs.db"), MemoryJobStore()):
+        store.create_job(make_job(job_name="Bordeaux"))
+        assert list_all_ids(store, search="ordea") == ["job-1"]
+        store.close()
+
+
+@pytest.mark.parametrize("value", ["", "=", "a=b", "x" * 512, "模" * 512, "…"])
+def test_any_value_of_metadata_is_found(store: JobStore, value: str) -> None:
+    store.create_job(make_job(metadata={"key": value}))
+    store.create_job(make_job("job-2", metadata={"key": value + "x" if len(value) < 512 else value[:-1] + "y"}))
+    assert list_all_ids(store, metadata=(("key", value),)) == ["job-1"]
+
+
+def test_list_shows_what_the_record_and_the_heartbeat_say(store: JobStore) -> None:
+    later = START + timedelta(seconds=9)
+    job = store.create_job(make_job(metadata={"a": "b"}, created_by="ann", placements=place("a", "b")))
+    [row] = store.list_jobs(JobQuery("local")).rows
+    assert row == ListedJob(summarize_job(job), None)
+    shown = row.summary
+    assert (shown.launcher, shown.hardware, shown.method, shown.processed_dataset_id) == ("a", "p", "LoRA", "dataset_1")
+    assert (shown.metadata, shown.created_by, shown.started_at, shown.eval_loss) == ({"a": "b"}, "ann", None, None)
+    running = {"status": Status.TRAINING, "attempts": (make_attempt(placement=place("b")[0]),), "started_at": START}
+    job = store.replace_job(job.model_copy(update=running))
+    progress = Progress(step=3, total_steps=10, epoch=0.3, total_epochs=1, loss=1.5, remaining_s=20.0)
+    store.append_events("job-1", 1, make_batch(0, 1, phase="training", progress=progress), later)
+    [row] = store.list_jobs(JobQuery("local")).rows
+    assert row.heartbeat is not None
+    assert (row.heartbeat.phase, row.heartbeat.progress, row.heartbeat.received_at) == ("training", progress, later)
+    assert (row.summary.launcher, row.summary.started_at) == ("b", START)
+    attempts = (*job.attempts, make_attempt(2))
+    metrics = EvalMetrics(eval_loss=0.5)
+    changes = {"attempts": attempts, "metrics": metrics, "base_metrics": EvalMetrics(eval_loss=2.0), "finished_at": later}
+    store.replace_job(job.model_copy(update=changes))
+    [row] = store.list_jobs(JobQuery("local")).rows
+    assert row.heartbeat is None  # the newest attempt has sent none
+    assert (row.summary.eval_loss, row.summary.base_eval_loss, row.summary.finished_at) == (0.5, 2.0, later)
+
+
+def test_jobs_of_a_sqlite_file_of_version_4_are_found_after_an_upgrade(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+    store = SqliteJobStore(path)
+    for n in range(3):
+        store.create_job(make_job(f"job-{n}", job_name=f"Name {n}", metadata={"n": str(n)}, created_at=START + timedelta(seconds=n)))
+    replace_stored_text(store, "jobs", "job-1", "{")
+    store.close()
+    downgrade(path, 4)
+    store = SqliteJobStore(path)
+    assert list_all_ids(store, search="NAME") == ["job-2", "job-1", "job-0"]
+    assert list_all_ids(store, metadata=(("n", "2"),)) == ["job-2"]
+    assert list_all_ids(store, metadata=(("n", "1"),)) == []  # its record cannot be read
+    shown = [(row.summary.job_name, row.summary.processed_dataset_id) for row in store.list_jobs(JobQuery("local")).rows]
+    assert shown == [("Name 2", "dataset_1"), ("Name 1", "dataset_1"), ("Name 0", "dataset_1")]
+    assert store.delete_job("job-1")
+    assert list_all_ids(store, search="name 1") == []
+    store.close()
+
+
+def test_job_with_a_damaged_summary_is_listed_by_its_columns(tmp_path: Path) -> None:
+    store = SqliteJobStore(tmp_path / "jobs.db")
+    store.create_job(make_job(project_id="p"))
+    with store._database.transaction() as db:  # pyright: ignore[reportPrivateUsage]
+        db.execute("UPDATE job_summaries SET summary = '{'")
+    [row] = store.list_jobs(JobQuery("local")).rows
+    assert (row.job_id, row.summary.project_id, row.summary.status) == ("job-1", "p", Status.QUEUED)
+    entry = store.find_job_entry("job-1")
+    assert entry is not None
+    assert (entry.tenant_id, entry.summary.created_at) == ("local", START)
+    store.close()
 
 
 @pytest.mark.parametrize("cursor", ["x", "WzEsMl0", "W10", "é", "bnVsbA", "e30"])
@@ -272,11 +448,8 @@ def test_open_jobs_of_an_earlier_sqlite_file_are_found_after_an_upgrade(tmp_path
     with store._database.transaction() as db:  # pyright: ignore[reportPrivateUsage]
         for record in (first, active):
             db.execute("UPDATE jobs SET record = ? WHERE job_id = ?", (json.dumps(record), record["job_id"]))
-        db.execute("DROP TABLE job_launchers")
-        db.execute("DROP TABLE usage")
-        db.execute("DROP TABLE job_costs")
-        db.execute("PRAGMA user_version = 2")
     store.close()
+    downgrade(path, 2)
     store = SqliteJobStore(path)
     assert list_ids(store.list_queued_jobs("cloud-run", 10)) == ["job-1"]
     [found] = store.list_active_jobs("cloud-run", 10)
@@ -754,22 +927,52 @@ def test_committed_job_survives_without_close(tmp_path: Path) -> None:
 
 QUERIES = [
     JobQuery("local"),
-    JobQuery("local", status=Status.FAILED),
+    JobQuery("local", statuses=(Status.FAILED,)),
+    JobQuery("local", statuses=(Status.FAILED, Status.QUEUED, Status.PAUSED)),
     JobQuery("local", project_id="p"),
-    JobQuery("local", project_id="p", status=Status.FAILED),
+    JobQuery("local", project_id="p", statuses=(Status.FAILED,)),
+    JobQuery("local", project_id="p", statuses=(Status.FAILED, Status.QUEUED)),
     JobQuery("local", modality="vision"),
     JobQuery("local", trainer_type="dpo"),
-    JobQuery("local", trainer_type="dpo", status=Status.FAILED),
-    JobQuery("local", modality="text", status=Status.FAILED),
+    JobQuery("local", trainer_type="dpo", statuses=(Status.FAILED,)),
+    JobQuery("local", modality="text", statuses=(Status.FAILED,)),
     JobQuery("local", project_id="p", trainer_type="sft"),
+    JobQuery("local", project_id="p", search="name", created_by="ann"),
+    JobQuery("local", modality="text", search="name"),
     JobQuery("local", after=encode_cursor("2026-01-01", "x")),
+    JobQuery("local", created_from=START, created_before=START + timedelta(days=1)),
 ]
+QUERIES_BY_TERM = [
+    JobQuery("local", search="name"),
+    JobQuery("local", search="name", after=encode_cursor("2026-01-01", "x")),
+    JobQuery("local", created_by="ann"),
+    JobQuery("local", created_by="ann", search="name"),
+    JobQuery("local", metadata=(("a", "b"), ("c", "d")), created_by="ann", statuses=(Status.FAILED, Status.QUEUED), project_id="p"),
+]
+
+
+def name_filters(query: JobQuery) -> str:
+    """The filters of a query, as a test's name."""
+    return " ".join(f"{name}={value}" for name, value in asdict(query).items() if value and name not in ("tenant_id", "limit"))
+
+
+@pytest.mark.parametrize("query", QUERIES_BY_TERM, ids=name_filters)
+def test_jobs_are_read_by_term_or_name_in_order(tmp_path: Path, query: JobQuery) -> None:
+    store = SqliteJobStore(tmp_path / "jobs.db")
+    statement = select_page(query)
+    plan = [row[3] for row in store._database.read(f"EXPLAIN QUERY PLAN {statement.sql}", *statement.values)]  # pyright: ignore[reportPrivateUsage]
+    found = next(step for step in plan if " found " in step)
+    assert found.startswith("SEARCH found USING PRIMARY KEY (tenant_id=?")
+    assert "(term=?" in found or ("term=?" in found) == (query.search is None or query.created_by is not None)
+    assert ("created_at" in found) == (query.after is not None)
+    assert [step for step in plan if "TEMP B-TREE" in step or (step.startswith("SCAN") and step != "SCAN page")] == []
+    store.close()
 
 
 @pytest.mark.parametrize(
     "query",
     QUERIES,
-    ids=lambda query: " ".join(f"{query.status} {query.project_id} {query.modality} {query.trainer_type}".replace("None", "").split()),
+    ids=name_filters,
 )
 def test_list_queries_use_an_index(tmp_path: Path, query: JobQuery, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SqliteJobStore(tmp_path / "jobs.db")
@@ -792,8 +995,8 @@ def test_list_queries_use_an_index(tmp_path: Path, query: JobQuery, monkeypatch:
     ("query", "index"),
     [
         (JobQuery("local", project_id="p", trainer_type="sft", modality="text"), "jobs_by_project "),
-        (JobQuery("local", status=Status.QUEUED, modality="text"), "jobs_by_status "),
-        (JobQuery("local", trainer_type="dpo", status=Status.FAILED, modality="text"), "jobs_by_trainer_and_status "),
+        (JobQuery("local", statuses=(Status.QUEUED,), modality="text"), "jobs_by_status "),
+        (JobQuery("local", trainer_type="dpo", statuses=(Status.FAILED,), modality="text"), "jobs_by_trainer_and_status "),
     ],
     ids=["project", "status", "trainer and status"],
 )

@@ -1,6 +1,5 @@
 """What every job store promises about usage: counts of jobs, sums of ended attempts by month, and stored bytes."""
 
-import sqlite3
 from datetime import timedelta
 from pathlib import Path
 
@@ -9,8 +8,10 @@ import pytest
 from schema.job import Artifact, ComputeRate, Job, Status
 from service.adapters.jobstores.sqlite import SqliteJobStore
 from service.core.accrual import Spending
-from service.core.ports import IdempotencyKey, JobQuery, JobStore
+from service.core.job_lists import JobQuery
+from service.core.ports import IdempotencyKey, JobStore
 from service.core.usage import STORED, Usage
+from tests.contract.sqlite_versions import downgrade
 from tests.contract.test_job_store import store
 from tests.factories import START, make_attempt, make_dataset, make_job
 from tests.unit.jobs_harness import make_artifact
@@ -98,7 +99,7 @@ def test_list_shows_what_jobs_cost_at_any_moment(store: JobStore) -> None:
     job = store.create_job(make_job("job-2", created_at=START + timedelta(seconds=1)))
     ended = make_ended_job("job-2", 10).attempts
     store.replace_job(job.model_copy(update={"status": Status.TRAINING, "attempts": (*ended, running)}))
-    listed = {row.job_id: row.cost for row in store.list_jobs(JobQuery("local")).rows}
+    listed = {row.job_id: row.summary.cost for row in store.list_jobs(JobQuery("local")).rows}
     assert listed[waiting.job_id].until(START) == Spending(0.0, None)
     for seconds, usd in ((50, 0.01), (100, 0.06), (150, 0.11)):
         assert listed["job-2"].until(START + timedelta(seconds=seconds)).usd == pytest.approx(usd)
@@ -121,14 +122,10 @@ def test_database_of_an_earlier_version_gets_its_usage(tmp_path: Path) -> None:
     earlier.replace_job(make_ended_job(job.job_id, 10, revision=job.revision))
     earlier.create_dataset(make_dataset())
     earlier.close()
-    with sqlite3.connect(path) as db:
-        db.execute("DROP TABLE usage")
-        db.execute("DROP TABLE job_costs")
-        db.execute("PRAGMA user_version = 3")
-    db.close()
+    downgrade(path, 3)
     current = SqliteJobStore(path)
     assert current.sum_usage("local", "2026-01").gpu_seconds == pytest.approx(20)
     assert current.sum_usage("local", STORED).stored_bytes == 200
     [row] = current.list_jobs(JobQuery("local")).rows
-    assert row.cost.until(START).usd == pytest.approx(0.01)
+    assert row.summary.cost.until(START).usd == pytest.approx(0.01)
     current.close()

@@ -16,7 +16,7 @@ from jobs.runtime.context import TrainingListener
 from jobs.runtime.errors import Stopped, StopReason
 from jobs.runtime.save_policy import STATE_FILE, SavePolicy, TrainingControlState, compute_checkpoint_interval_s
 from jobs.runtime.training_control import TrainingControl
-from schema.checkpoint import MANIFEST, checkpoint_key
+from schema.checkpoint import MANIFEST, Checkpoint, checkpoint_key
 from schema.events import CheckpointRestored, EvaluationCompleted, MetricsLogged
 from schema.job import EvalMetrics, ExportSource, Progress
 from schema.spec import JobSpec
@@ -390,6 +390,22 @@ def test_checkpoint_is_exported_without_training(store: Path, tmp_path: Path, na
     assert model.metrics.eval_loss != model.base_metrics.eval_loss
     stored = load_weights(Path(store, source.key))
     assert all(tensor.equal(stored[name]) for name, tensor in load_weights(model.folder).items())
+
+    # As the retention of a completed job leaves it: smaller, and the exported model is the same byte for byte.
+    folder = Path(store, source.key)
+    checkpoint = Checkpoint.from_verified_bytes((folder / MANIFEST).read_bytes())
+    surplus = run.spec.training_config.resume_only_files
+    reduced = checkpoint.without_files(surplus)
+    assert len(reduced.files) == len(checkpoint.files) - 1
+    (folder / MANIFEST).write_bytes(reduced.with_checksum())
+    for path in surplus:
+        (folder / path).unlink()
+    again = TrainingRun(run.spec, tmp_path / "exported-again").finish()
+    weights = [path.name for path in model.folder.glob("*.safetensors")]
+    assert weights
+    assert all((again.folder / name).read_bytes() == (model.folder / name).read_bytes() for name in weights)
+    assert again.metrics is not None
+    assert again.metrics.eval_loss == model.metrics.eval_loss
 
 
 # --- when to save ---

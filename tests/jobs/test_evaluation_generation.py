@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from jobs.llm.chat_format import ChatFormat
 from jobs.llm.data.tokenize import tokenize_split
 from jobs.llm.evaluation.generation import (
     generate_batch,
@@ -16,7 +17,7 @@ from jobs.llm.evaluation.generation import (
 from jobs.llm.evaluation.prompts import make_eval_prompts
 from jobs.runtime.errors import JobFailed
 from schema.estimate.llm import MAX_BATCH_PROMPTS, MAX_BATCH_TOKENS, MIN_BATCH_PROMPTS
-from tests.jobs.conftest import make_row_tokenizer
+from tests.jobs.conftest import make_chat_format, make_row_tokenizer
 
 PROMPTS = ["what does files do", "it", "open close read write path name value number string", "call", "what does copy do 17", "a list of"]
 NEW_TOKENS = 12
@@ -361,8 +362,42 @@ def test_eval_prompts_are_first_rows_and_deterministic(tokenizer: Any) -> None:
 # --- samples ---
 
 
-def test_samples_are_first_rows_with_control_characters_replaced() -> None:
-    samples = make_samples(["a\nb", "c", "d"], ["ref\x1b[2J", None, "e"], ["x" * 3000, "y", "z"], 2)
+def test_samples_are_first_rows_with_control_characters_replaced(tokenizer: Any) -> None:
+    chat_format = make_chat_format(tokenizer)
+    samples = make_samples(chat_format, tokenizer, ["a\nb", "c", "d"], ["ref\x1b[2J", None, "e"], ["x" * 3000, "y", "z"], 2)
     assert [sample.prompt for sample in samples] == ["a\nb", "c"]
     assert [sample.reference for sample in samples] == ["ref\N{REPLACEMENT CHARACTER}[2J", None]
     assert samples[0].text == "x" * 1999 + "…"
+
+
+def test_sample_shows_the_question_as_its_user_wrote_it(tokenizer: Any) -> None:
+    chat_format = make_chat_format(tokenizer)
+    question = "def f(x):\n    if x:\n\treturn 1\n\n\n    # 模型\N{IDEOGRAPHIC SPACE}\N{NO-BREAK SPACE}👩\N{ZERO WIDTH JOINER}🚀"
+    rows = tokenize_rows([{"messages": [message("user", question), message("assistant", "it returns")]}], "messages", tokenizer)
+    (prompt,) = make_eval_prompts(rows, tokenizer, 1)
+    assert prompt.prompt_text.startswith("<bos><start_of_turn>user\n")
+    (sample,) = make_samples(chat_format, tokenizer, [prompt.prompt_text], [prompt.reference], ["  a\n    b"], 1)
+    assert (sample.prompt, sample.text) == (question, "  a\n    b")
+
+
+def test_sample_of_several_turns_names_their_roles(tokenizer: Any) -> None:
+    turns = [message("user", "what is\nit"), message("assistant", "a list"), message("user", "of files")]
+    rows = tokenize_rows([{"messages": [*turns, message("assistant", "yes")]}], "messages", tokenizer)
+    *_, prompt = make_eval_prompts(rows, tokenizer, 2)
+    (sample,) = make_samples(make_chat_format(tokenizer), tokenizer, [prompt.prompt_text], [None], ["yes"], 1)
+    assert sample.prompt == "user: what is\nit\n\nassistant: a list\n\nuser: of files"
+
+
+def test_sample_of_a_raw_prompt_is_its_text(tokenizer: Any) -> None:
+    raw = ChatFormat("raw", "raw", None, None, (1,), (), turn_tokens_are_trained=True)
+    (sample,) = make_samples(raw, tokenizer, ["<bos>    return\n"], [None], ["x"], 1)
+    assert sample.prompt == "    return\n"
+
+
+def test_sample_of_an_unknown_form_loses_only_special_tokens(tokenizer: Any) -> None:
+    (sample,) = make_samples(make_chat_format(tokenizer), tokenizer, ["<bos><start_of_turn>tool\nname<end_of_turn>\n"], [None], ["x"], 1)
+    assert sample.prompt == "tool\nname"
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}

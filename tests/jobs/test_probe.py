@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from jobs.llm.hardware import has_native_bf16
 from jobs.runtime import probe
 from schema.capabilities import EnvironmentManifest
 from schema.training import TRAINER_TYPES
+from schema.training.trackers import TRACKERS
 from tests.jobs.conftest import FinishedTraining
 
 
@@ -22,6 +24,8 @@ def test_probe_writes_the_manifest_of_its_environment(tmp_path: Path) -> None:
     family = manifest.families["llm"]
     assert family.trainer_types == tuple(name for name, config in TRAINER_TYPES.items() if config.family == "llm")
     assert set(family.features) == {"gguf", "onnx", "lm_eval", "flash_attention_2"}
+    assert set(manifest.trackers or ()) == {name for name, module in probe.TRACKER_MODULES.items() if find_spec(module)}
+    assert probe.TRACKER_MODULES.keys() == set(TRACKERS)
     assert ("QLoRA" in family.options["method"]) == ("bitsandbytes" in manifest.packages)
     assert "lm_eval_tasks" in family.notes or family.features["lm_eval"]
 

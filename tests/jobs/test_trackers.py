@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from pydantic import ValidationError
 from jobs.runtime.context import JobContext, Secrets
 from jobs.runtime.trackers import TRACKERS, TrackerThread, start_trackers
 from jobs.runtime.trackers.mlflow_tracker import MlflowTracker
-from jobs.runtime.trackers.tensorboard_tracker import UPLOAD_INTERVAL_S, TensorboardTracker
+from jobs.runtime.trackers.state import UPLOAD_INTERVAL_S
+from jobs.runtime.trackers.tensorboard_tracker import TensorboardTracker
+from jobs.runtime.trackers.wandb_tracker import WandbTracker
 from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated, TrackerStarted
 from schema.job import EvalMetrics, Sample
 from schema.training.trackers import MlflowConfig
@@ -172,6 +175,37 @@ def test_offline_wandb_has_metrics_and_config_but_no_key(tmp_path: Path) -> None
     written = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file())
     assert KEY.encode() not in written
     assert not list(tmp_path.rglob("*netrc"))
+
+
+def test_offline_wandb_run_is_kept_in_the_model_store(tmp_path: Path) -> None:
+    objects = tmp_path / "objects"
+    spec, record = make_spec(objects, wandb_config={"mode": "offline", "project": "p"}), EventRecorder()
+    context = make_context(spec, tmp_path / "work", record)
+    run_with_trackers(context, {1: 2.5})
+    shutil.rmtree(tmp_path / "work")
+    folder = objects / "trackers" / spec.job_id / "wandb"
+    assert record.warnings == {}
+    assert [event.url for event in record.events if isinstance(event, TrackerStarted)] == [f"file://{folder}"]
+    assert context.state.trackers == {"wandb": f"file://{folder}"}
+    assert context.state.wandb_url is None  # no page of the run exists
+    (path,) = folder.glob("attempt-1/offline-run-*/*.wandb")
+    assert b"train/loss" in path.read_bytes()
+    (table,) = path.parent.rglob("*.table.json")  # which `wandb sync` sends with the run
+    assert json.loads(table.read_text())["data"] == [[3, "what is", None, "an answer"]]
+
+
+def test_offline_wandb_run_is_stored_during_training(tmp_path: Path) -> None:
+    now = 0.0
+    context = make_context(make_spec(tmp_path / "objects", wandb_config={"mode": "offline", "project": "p"}), tmp_path / "work")
+    tracker = WandbTracker(context, monotonic=lambda: now)
+    tracker.start()
+    folder = tmp_path / "objects" / "trackers" / context.spec.job_id
+    tracker.log_metrics(MetricsLogged(step=1, values={"loss": 2.0}))
+    assert not folder.exists()
+    now = UPLOAD_INTERVAL_S
+    tracker.log_metrics(MetricsLogged(step=2, values={"loss": 1.0}))
+    assert list(folder.glob("wandb/attempt-1/offline-run-*/*.wandb"))
+    tracker.finish(succeeded=False)
 
 
 def run_with_trackers(context: JobContext, losses: dict[int, float], *, succeeded: bool = True) -> list[TrackerThread]:

@@ -43,7 +43,7 @@ def iter_routes() -> Iterator[tuple[str, str]]:
         for route in router.routes:
             assert isinstance(route, APIRoute)
             assert isinstance(route, LimitedRoute) or route.path == "/docs"
-            yield from ((method, route.path) for method in route.methods)
+            yield from ((method, route.path_format) for method in route.methods)
 
 
 def test_every_other_route_needs_an_identity(anonymous: TestClient) -> None:
@@ -54,7 +54,7 @@ def test_every_other_route_needs_an_identity(anonymous: TestClient) -> None:
         {"X-Goog-Authenticated-User-Email": "a"},
     )
     for method, path in sorted(set(iter_routes()) - PUBLIC_ROUTES):
-        url = path.format(job_id="j", attempt=1, step=1, processed_dataset_id="d", key_id="k")
+        url = path.replace(":path}", "}").format(job_id="j", attempt=1, step=1, processed_dataset_id="d", key_id="k", name="m")
         for headers in wrong:
             answer = anonymous.request(method, url, headers=headers)
             assert get_error(answer, 401)["code"] == "unauthorized", f"{method} {path}"
@@ -176,7 +176,7 @@ def test_another_tenant_sees_and_changes_nothing(client: TestClient) -> None:
     assert client.get("/datasets", headers=other).json()["datasets"] == []
     assert client.get("/keys", headers=other).json()["keys"][0]["tenant_id"] == "other"
     for method, path in (
-        *(("GET", f"/jobs/{job_id}{rest}") for rest in ("", "/events", "/logs", "/checkpoints")),
+        *(("GET", f"/jobs/{job_id}{rest}") for rest in ("", "/events", "/logs", "/metrics", "/checkpoints")),
         *(("POST", f"/jobs/{job_id}/{verb}") for verb in ("cancel", "pause", "resume", "retry", "clone", "export", "checkpoints/1/export")),
         ("GET", f"/jobs/download/{job_id}"),
         ("DELETE", f"/jobs/{job_id}"),

@@ -17,7 +17,7 @@ from schema.types import DatasetType, Phase
 from service.api.responses import job_detail
 from service.core.accrual import Spending
 from service.core.errors import InvalidRequest
-from service.core.job_store_rules import summarize_job
+from service.core.job_lists import summarize_job
 from service.core.jobs.clone import original_request
 from service.core.jobs.control import _extend_training  # pyright: ignore[reportPrivateUsage]
 from service.core.jobs.export import _make_export_config  # pyright: ignore[reportPrivateUsage]
@@ -29,7 +29,7 @@ from service.core.jobs.submit import make_job_id
 from service.core.validation import FAMILY_CHECKS
 from service.core.validation.hub import check_hub
 from storage.file import LocalStore
-from tests.factories import make_config, make_job
+from tests.factories import START, make_config, make_job
 
 
 class TabularConfig(BaseTrainingConfig):
@@ -104,7 +104,7 @@ def test_trainer_types_are_derived_from_the_union() -> None:
 
 
 def test_job_of_any_family_is_shown() -> None:
-    detail = job_detail(JobView(make_job(training_config=TABULAR), None, None, Spending(0.0, None), ComputeRate()))
+    detail = job_detail(JobView(make_job(training_config=TABULAR), None, None, Spending(0.0, None), ComputeRate(), START))
     assert (detail.base_model_id, detail.modality, detail.method, detail.trainer_type) == ("", "", "", "tabular")
     row = summarize_job(make_job(training_config=DETECTOR))
     assert (row.base_model_id, row.modality, row.trainer_type) == ("tiny.pt", "images", "detector")

@@ -63,6 +63,11 @@ def test_evaluations_and_tracker_urls_are_recorded() -> None:
     assert job.tracker_urls == {"wandb": "https://w", "mlflow": "https://m"}
 
 
+def test_files_of_an_offline_wandb_run_are_no_page() -> None:
+    job = lifecycle.apply_event(make_active_job(), 1, TrackerStarted(tracker="wandb", url="file:///objects/trackers/1/wandb"), START)
+    assert (job.tracker_urls, job.wandb_url) == ({"wandb": "file:///objects/trackers/1/wandb"}, None)
+
+
 def test_gate_outcome_is_recorded_from_event_and_result() -> None:
     gate = Gate(passed=False, checks=(GateCheck(metric="perplexity", value=9.0, at_most=8.0, passed=False),))
     assert lifecycle.apply_event(make_active_job(), 1, GateEvaluated(gate=gate), START).gate == gate

@@ -10,6 +10,7 @@ import pytest
 from service.core.datasets.records import Datasets
 from service.core.errors import Forbidden
 from service.core.jobs.assembly import JobServices
+from service.core.models.registry import ModelRegistry
 from service.core.principals import LOCAL_PRINCIPAL, UPKEEP_PRINCIPAL, Principal, Scope, attempt_principal
 from tests.unit.jobs_harness import JobsHarness, make_batch
 
@@ -20,7 +21,7 @@ NOBODY = Principal("local", "nobody", frozenset())
 
 def iter_verbs() -> Iterator[tuple[str, Callable[..., object]]]:
     """Every public method of the core's services."""
-    for owner in [*(field.type for field in fields(JobServices) if field.name != "repository"), Datasets]:
+    for owner in [*(field.type for field in fields(JobServices) if field.name != "repository"), Datasets, ModelRegistry]:
         assert isinstance(owner, type)
         for name, method in vars(owner).items():
             if inspect.isfunction(method) and not name.startswith("_"):
@@ -32,7 +33,8 @@ VERBS = dict(iter_verbs())
 
 def test_there_are_verbs_of_every_service() -> None:
     assert {name.partition(".")[0] for name in VERBS} == {
-        *("Submission", "JobControl", "Exports", "JobQueries", "Deletion", "Attempts", "Reconciliation", "Datasets")
+        *("Submission", "JobControl", "Exports", "JobQueries", "Deletion", "Attempts", "Reconciliation", "Datasets"),
+        *("CheckpointRetention", "StorageQueries", "ModelRegistry"),
     }
     assert set(VERBS) > INTERNAL
 
@@ -59,6 +61,8 @@ def test_verb_takes_a_principal_first_and_refuses_one_without_scopes(name: str, 
 
 def make_owner(name: str, harness: JobsHarness) -> object:
     owner = name.partition(".")[0]
+    if owner == "ModelRegistry":
+        return ModelRegistry(harness.objects, harness.hub)
     if owner == "Datasets":
         return Datasets(**dict.fromkeys(inspect.signature(Datasets).parameters))  # type: ignore[arg-type]  # nothing is reached
     return next(part for part in vars(harness.jobs).values() if type(part).__name__ == owner)

@@ -35,7 +35,9 @@ FORM_START = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\
 DECLARED_LIMITS = {
     "DELETE /datasets/{processed_dataset_id}": (None, MIB),
     "DELETE /jobs/{job_id}": (55, MIB),
+    "DELETE /jobs/{job_id}/checkpoints": (55, MIB),
     "GET /internal/orphans": (55, MIB),
+    "GET /storage": (55, MIB),
     "POST /datasets": (None, None),  # the setting max_upload_bytes
     "POST /internal/cleanup": (55, MIB),
     "POST /internal/jobs/{job_id}/attempts/{attempt}/claim": (4, 4 * MIB),

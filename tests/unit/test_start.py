@@ -64,6 +64,14 @@ def test_listening_for_everybody_needs_identities(capsys: pytest.CaptureFixture[
     assert "TUNESMITH_IDENTITY" in start_and_fail(capsys, "--host", "0.0.0.0")
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "x"])
+def test_idle_time_must_be_a_positive_number(capsys: pytest.CaptureFixture[str], seconds: str) -> None:
+    with pytest.raises(SystemExit) as excinfo:
+        main(["--exit-when-idle", seconds])
+    assert excinfo.value.code == 2
+    assert "--exit-when-idle" in capsys.readouterr().err
+
+
 def test_signing_key_is_replaced(capsys: pytest.CaptureFixture[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main(["--rotate-signing-key"])
     first = (home / "signing-key").read_bytes()

@@ -1,8 +1,10 @@
 """Greedy generation in batches, during training or after it."""
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jobs.llm.evaluation.readable_prompts import make_readable
 from jobs.llm.evaluation.state import evaluation_state
 from jobs.llm.oom import free_memory, is_out_of_memory
 from jobs.runtime.errors import JobFailed
@@ -13,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+    from jobs.llm.chat_format import ChatFormat
+
+# Beside printable ones: line breaks, tabs, and what joins letters and emoji.
+KEPT_CHARACTERS = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
 MAX_SAMPLE_CHARACTERS = 2000  # of a prompt, a reference or an answer in an event
 
 Features = Mapping[str, "Tensor"]
@@ -66,9 +72,16 @@ def max_generation_batch(train_batch_size: int, prompts: Sequence[Sequence[int]]
     return limit_generation_batch(train_batch_size, max(map(len, prompts)), max_new_tokens)
 
 
-def make_samples(prompts: Sequence[str], references: Sequence[str | None], generations: Sequence[str], count: int) -> tuple[Sample, ...]:
-    """The first `count` prompts with their references and generations, shortened and without control characters."""
-    rows = list(zip(prompts, references, generations, strict=True))[:count]
+def make_samples(
+    chat_format: "ChatFormat",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    references: Sequence[str | None],
+    generations: Sequence[str],
+    count: int,
+) -> tuple[Sample, ...]:
+    """The first `count` prompts, as users wrote them, with their references and generations; shortened, without control characters."""
+    rows = zip(make_readable(prompts[:count], chat_format, tokenizer), references[:count], generations[:count], strict=True)
     return tuple(
         Sample(
             prompt=_make_sample_text(prompt),
@@ -153,5 +166,10 @@ def _make_sample_text(text: str) -> str:
 
 
 def make_printable(text: str) -> str:
-    """Replace control characters: a barely trained model may generate some that move a terminal's cursor."""
-    return "".join(character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}" for character in text)
+    """Replace control characters: a barely trained model may generate some that move a terminal's cursor. Spaces of every kind stay."""
+    return "".join(_replace_unprintable(character) for character in text.replace("\r\n", "\n"))
+
+
+def _replace_unprintable(character: str) -> str:
+    is_text = character.isprintable() or character in KEPT_CHARACTERS or unicodedata.category(character) == "Zs"
+    return character if is_text else "\N{REPLACEMENT CHARACTER}"

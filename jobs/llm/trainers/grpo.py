@@ -300,7 +300,14 @@ class GrpoTask:
         if not count or not rows:
             return
         when = "before" if control.step == 0 else "after" if control.is_done else "during"
-        samples = make_samples([row.tokens.prompt_text for row in rows], [None] * len(rows), self.held_out_completions, count)
+        samples = make_samples(
+            self.training.chat_format,
+            self.training.tokenizer,
+            [row.tokens.prompt_text for row in rows],
+            [None] * len(rows),
+            self.held_out_completions,
+            count,
+        )
         self.training.context.log_samples(SamplesGenerated(when=when, step=control.step, samples=samples))
 
 

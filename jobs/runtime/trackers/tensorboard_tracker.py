@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING
 from jobs.runtime.context import JobContext
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.trackers.names import evaluation_scalars, training_scalars
-from jobs.runtime.trackers.state import save_state, state_key
+from jobs.runtime.trackers.state import UPLOAD_INTERVAL_S, save_state, state_url
 from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
 
 if TYPE_CHECKING:
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.summary_pb2 import Summary
-
-UPLOAD_INTERVAL_S = 60.0
 
 
 class TensorboardTracker:
@@ -45,7 +43,7 @@ class TensorboardTracker:
         config = self._context.spec.training_config.model_dump_json(indent=1)
         self._write(text("training_config", f"```json\n{config}\n```"), 0)
         self._upload()  # a store that rejects it fails here, at the start
-        return f"{self._context.stores.models.url}/{state_key(self._context, 'tensorboard')}"
+        return state_url(self._context, "tensorboard")
 
     def log_metrics(self, event: MetricsLogged) -> None:
         self._log_scalars(training_scalars(event), event.step)
@@ -91,7 +89,7 @@ class TensorboardTracker:
         assert self._writer is not None
         self._writer.flush()
         try:
-            save_state(self._context, "tensorboard", sorted(self._folder.iterdir()))
+            save_state(self._context, "tensorboard", self._folder, sorted(self._folder.iterdir()))
         except JobFailed:
             self._writer.close()  # nothing written later could be uploaded
             raise

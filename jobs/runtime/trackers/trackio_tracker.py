@@ -16,7 +16,7 @@ from jobs.runtime.context import JobContext
 from jobs.runtime.settings import read_egress_policy
 from jobs.runtime.subprocesses import REPOSITORY
 from jobs.runtime.trackers.names import evaluation_scalars, training_scalars
-from jobs.runtime.trackers.state import save_state, state_key
+from jobs.runtime.trackers.state import save_state, state_url
 from schema.egress import EGRESS_VARIABLE
 from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
 
@@ -58,7 +58,7 @@ class TrackioTracker:
         arguments |= {"config": spec.training_config.model_dump(mode="json"), "private": True}
         self._send({"init": arguments, "guarded": config.space_id is not None and _uses_public_hub()})
         if config.space_id is None:
-            return f"{self._context.stores.models.url}/{state_key(self._context, 'trackio')}"
+            return state_url(self._context, "trackio")
         return f"https://huggingface.co/spaces/{config.space_id}"
 
     def log_metrics(self, event: MetricsLogged) -> None:
@@ -82,7 +82,7 @@ class TrackioTracker:
             self._send({"finish": succeeded})
             self._close_process()
             if self._config.space_id is None:
-                save_state(self._context, "trackio", sorted(self._log_path.parent.glob("*.db")))
+                save_state(self._context, "trackio", self._log_path.parent, sorted(self._log_path.parent.glob("*.db")))
 
     def _environment(self, folder: Path) -> dict[str, str]:
         """The child's environment: its folder, and a token if the run is in a Space."""

@@ -1,11 +1,15 @@
-"""Weights & Biases, online or as a folder for `wandb sync`."""
+"""Weights & Biases, online or as a folder in the model store for `wandb sync`."""
 
-from collections.abc import Mapping
+import shutil
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.runtime.context import JobContext
+from jobs.runtime.files import list_files
 from jobs.runtime.trackers.names import evaluation_scalars, training_scalars
+from jobs.runtime.trackers.state import UPLOAD_INTERVAL_S, save_state, state_url
 from schema.events import EvaluationCompleted, MetricsLogged, SamplesGenerated
 
 if TYPE_CHECKING:
@@ -18,9 +22,11 @@ MAX_RUN_ID_LENGTH = 64  # W&B rejects longer ones; a job id is unique in its las
 class WandbTracker:
     """One W&B run for the job. The API key is passed in wandb's settings, not in the environment, a netrc file or a command line."""
 
-    def __init__(self, context: JobContext) -> None:
+    def __init__(self, context: JobContext, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._context = context
+        self._monotonic = monotonic
         self._run: wandb.Run | None = None
+        self._uploaded_at = monotonic()
 
     @property
     def run_id(self) -> str | None:
@@ -49,10 +55,12 @@ class WandbTracker:
         )
         run.define_metric("*", step_metric=STEP_METRIC)
         self._run = run
-        return run.url
+        return run.url if config.mode == "online" else state_url(self._context, "wandb")
 
     def log_metrics(self, event: MetricsLogged) -> None:
         self._log(training_scalars(event), event.step)
+        if self._is_offline and self._monotonic() - self._uploaded_at >= UPLOAD_INTERVAL_S:
+            self._upload_run()
 
     def log_evaluation(self, event: EvaluationCompleted) -> None:
         self._log(evaluation_scalars(event), event.step)
@@ -79,6 +87,13 @@ class WandbTracker:
         if self._run is not None:
             self._run.finish(exit_code=0 if succeeded else 1)
             wandb.teardown()  # waits for wandb's helper process, which the attempt would kill while it writes
+            if self._is_offline:
+                self._upload_run()
+
+    @property
+    def _is_offline(self) -> bool:
+        config = self._context.spec.training_config.wandb_config
+        return config is not None and config.mode == "offline"
 
     @property
     def _log_model_mode(self) -> str:
@@ -88,6 +103,16 @@ class WandbTracker:
     def _log(self, values: Mapping[str, object], step: int) -> None:
         if self._run is not None:
             self._run.log({**values, STEP_METRIC: step})
+
+    def _upload_run(self) -> None:
+        """Upload the run's folder as it is now, from a copy: wandb's helper process appends to its files. Raises JobFailed."""
+        assert self._run is not None
+        source, copies = Path(self._run.dir).parent, self._context.workdir / "wandb-upload"
+        shutil.rmtree(copies, ignore_errors=True)
+        shutil.copytree(source, copies / source.name, ignore=shutil.ignore_patterns("logs"), symlinks=True)
+        save_state(self._context, "wandb", copies, list_files(copies))
+        shutil.rmtree(copies)
+        self._uploaded_at = self._monotonic()
 
     def _upload(self, folder: Path, aliases: list[str]) -> None:
         import wandb

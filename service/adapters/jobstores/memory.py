@@ -1,20 +1,22 @@
 """Records in memory, stored as JSON like in every other store. For tests, and to read as the simplest implementation of the port."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from threading import RLock
 from typing import Literal
 
 from schema.dataset import Dataset
 from schema.events import Event, EventBatch
-from schema.job import Job
+from schema.job import Job, Status
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
 from service.adapters.jobstores.records import RecordReader, load_record
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
 from service.core.event_store import Heartbeat, StoredEvent
-from service.core.job_store_rules import IDEMPOTENCY_TTL, make_entry, select_new_events, work_state_of
-from service.core.ports import IdempotencyKey, JobEntry, JobQuery, JobSummary, Page, Row
+from service.core.job_lists import JobEntry, JobQuery, JobSummary, ListedJob, make_entry, make_listed_job, matches_query
+from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events, work_state_of
+from service.core.ports import IdempotencyKey, Page, Row
 from service.core.stored_json import dump_record, load_event, make_storable
 from service.core.usage import (
     STORED,
@@ -108,14 +110,17 @@ class MemoryJobStore:
                 self._append(job.job_id, 0, updated.revision, updated.updated_at, make_storable(event)[1])
             return updated
 
-    def list_jobs(self, query: JobQuery) -> Page[JobSummary]:
-        entries = [index.entry for index in list(self._index.values())]
-        rows = [entry.summary for entry in entries if entry.tenant_id == query.tenant_id]
-        for name in ("status", "project_id", "modality", "trainer_type"):
-            if (value := getattr(query, name)) is not None:
-                rows = [row for row in rows if getattr(row, name) == value]
-        sort_keys = [(row.created_at.isoformat(), row.job_id) for row in rows]
+    def list_jobs(self, query: JobQuery) -> Page[ListedJob]:
+        rows = [make_listed_job(summary, self._heartbeats.get(summary.job_id)) for summary in self._find_summaries(query)]
+        sort_keys = [(row.summary.created_at.isoformat(), row.job_id) for row in rows]
         return _page(rows, sort_keys, query.limit, query.after)
+
+    def count_jobs_by_status(self, query: JobQuery) -> dict[Status, int]:
+        return dict(Counter(summary.status for summary in self._find_summaries(replace(query, statuses=()))))
+
+    def _find_summaries(self, query: JobQuery) -> list[JobSummary]:
+        entries = [index.entry for index in list(self._index.values())]
+        return [each.summary for each in entries if each.tenant_id == query.tenant_id and matches_query(query, each.summary)]
 
     def list_queued_jobs(self, launcher: str | None, limit: int) -> list[Job]:
         return self._oldest_work("queued", launcher, limit)

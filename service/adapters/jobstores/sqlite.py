@@ -12,23 +12,20 @@ from typing import Any
 from schema.dataset import Dataset
 from schema.events import Event, EventBatch
 from schema.job import Job, Status
+from service.adapters.jobstores import sqlite_lists
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor
 from service.adapters.jobstores.records import Record, RecordReader, format_timestamp, load_progress, load_record
 from service.adapters.jobstores.sqlite_database import SqliteDatabase, index_launchers
-from service.adapters.jobstores.sqlite_usage import SUM_OF_PERIOD, delete_job, delete_usage, load_sum, write_job, write_usage
-from service.core.accrual import JobCost
+from service.adapters.jobstores.sqlite_usage import SUM_OF_PERIOD, delete_stored_bytes, delete_usage, load_sum, write_usage
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
 from service.core.event_store import Heartbeat, StoredEvent
+from service.core.job_lists import JobEntry, JobQuery, ListedJob
 from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events
-from service.core.ports import IdempotencyKey, JobEntry, JobQuery, JobSummary, Page
+from service.core.ports import IdempotencyKey, Page
 from service.core.stored_json import dump_record, load_event, make_storable
-from service.core.usage import STORED, JobState, Usage, dataset_bytes_key, dataset_entry, statuses_of
+from service.core.usage import STORED, JobState, Usage, dataset_bytes_key, dataset_entry, iter_job_entries, statuses_of
 
 JOB_BY_ID = "SELECT record FROM jobs WHERE job_id = ?"
-SUMMARY_COLUMNS = (
-    "job_id, job_name, base_model_id, status, modality, trainer_type, project_id, created_at, "
-    "(SELECT cost FROM job_costs WHERE job_costs.job_id = jobs.job_id)"
-)
 WORK_OF_LAUNCHER = (
     "SELECT job_id, record FROM job_launchers AS work JOIN jobs USING (job_id) WHERE launcher = ? AND work_state = ? "
     "ORDER BY work.created_at, work.job_id"
@@ -82,15 +79,16 @@ class SqliteJobStore:
                 raise Conflict(f"{job.job_id} already exists") from error
             db.executemany("INSERT INTO mixed_datasets VALUES (?, ?)", [(dataset_id, job.job_id) for dataset_id in job.dataset_ids[1:]])
             index_launchers(db, job)
-            write_job(db, job)
+            write_usage(db, iter_job_entries(job))
+            sqlite_lists.write_job(db, job)
         return job
 
     def find_job(self, job_id: str) -> Job | None:
         return _load_first(self._database.read(JOB_BY_ID, job_id), Job)
 
     def find_job_entry(self, job_id: str) -> JobEntry | None:
-        rows = self._database.read(f"SELECT tenant_id, {SUMMARY_COLUMNS} FROM jobs WHERE job_id = ?", job_id)  # noqa: S608  # constants
-        return JobEntry(rows[0][0], _load_summary(*rows[0][1:])) if rows else None
+        rows = self._database.read(sqlite_lists.ENTRY, job_id)
+        return sqlite_lists.load_entry(rows[0]) if rows else None
 
     def replace_job(self, job: Job, events: Sequence[Event] = ()) -> Job:
         updated = job.model_copy(update={"revision": job.revision + 1})
@@ -105,30 +103,22 @@ class SqliteJobStore:
                     raise StaleRevision(f"{job.job_id} was changed by another writer")
                 raise NotFound(f"no job {job.job_id!r}")
             index_launchers(db, updated)
-            write_job(db, updated)
+            write_usage(db, iter_job_entries(updated))
+            sqlite_lists.write_job(db, updated)
             for event in events:
                 _append_event(db, updated.job_id, 0, updated.revision, updated.updated_at, make_storable(event)[1])
         return updated
 
-    def list_jobs(self, query: JobQuery) -> Page[JobSummary]:
-        clauses, values = ["tenant_id = ?"], [query.tenant_id]
-        for name in ("status", "project_id", "modality", "trainer_type"):
-            if (value := getattr(query, name)) is not None:
-                clauses.append(f"{'+' if name in _unselective_filters(query) else ''}{name} = ?")
-                values.append(value)
-        if query.after:
-            clauses.append("(created_at, job_id) < (?, ?)")
-            values += decode_cursor(query.after)
-        rows = self._database.read(
-            f"SELECT {SUMMARY_COLUMNS} FROM jobs "  # noqa: S608  # clauses are constants
-            f"WHERE {' AND '.join(clauses)} ORDER BY created_at DESC, job_id DESC LIMIT ?",
-            *values,
-            query.limit + 1,
-        )
-        jobs = [_load_summary(*row) for row in rows]
-        shown = jobs[: query.limit]
-        last = shown[-1] if len(jobs) > query.limit else None
+    def list_jobs(self, query: JobQuery) -> Page[ListedJob]:
+        statement = sqlite_lists.select_page(query)
+        rows = sqlite_lists.load_rows(self._database.read(statement.sql, *statement.values))
+        shown = rows[: query.limit]
+        last = shown[-1].summary if len(rows) > query.limit else None
         return Page(shown, encode_cursor(format_timestamp(last.created_at), last.job_id) if last else None)
+
+    def count_jobs_by_status(self, query: JobQuery) -> dict[Status, int]:
+        statement = sqlite_lists.select_counts(query)
+        return {Status(status): count for status, count in self._database.read(statement.sql, *statement.values)}
 
     def list_queued_jobs(self, launcher: str | None, limit: int) -> list[Job]:
         if launcher is not None:
@@ -156,7 +146,8 @@ class SqliteJobStore:
             db.execute("DELETE FROM event_totals WHERE job_id = ?", (job_id,))
             db.execute("DELETE FROM job_launchers WHERE job_id = ?", (job_id,))
             db.execute("DELETE FROM mixed_datasets WHERE job_id = ?", (job_id,))
-            delete_job(db, job_id)
+            delete_stored_bytes(db, job_id)
+            sqlite_lists.delete_job(db, job_id)
             return db.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,)).rowcount > 0
 
     # --- events ------------------------------------------------------------------------------------------------------
@@ -279,14 +270,6 @@ def _append_event(db: sqlite3.Connection, job_id: str, attempt: int, seq: int, a
     )
 
 
-def _unselective_filters(query: JobQuery) -> set[str]:
-    """Filters that most jobs pass. A `+` keeps SQLite, which has no statistics here, from using their index when a better one applies."""
-    selective = {name for name in ("project_id", "status", "trainer_type") if getattr(query, name) is not None}
-    if "project_id" in selective:
-        return {"modality", "trainer_type"}
-    return {"modality"} if selective else set()
-
-
 def _pairs(rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[str, str]]:
     return ((row[0], row[1]) for row in rows)
 
@@ -300,9 +283,3 @@ def _load_heartbeat(rows: list[tuple[Any, ...]]) -> Heartbeat | None:
         return None
     attempt, received_at, next_seq, phase, progress, *totals = rows[0]
     return Heartbeat(attempt, datetime.fromisoformat(received_at), next_seq, phase, load_progress(progress), *totals)
-
-
-def _load_summary(*row: str) -> JobSummary:
-    job_id, job_name, base_model_id, status, modality, trainer_type, project_id, at, cost = row
-    created_at, spent = datetime.fromisoformat(at), JobCost.load(cost) if cost else JobCost()
-    return JobSummary(job_id, job_name, base_model_id, Status(status), modality, trainer_type, project_id, created_at, spent)

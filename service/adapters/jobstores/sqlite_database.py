@@ -10,13 +10,14 @@ from typing import Any
 
 from schema.job import Job
 from service.adapters.jobstores.records import RecordReader, format_timestamp
+from service.adapters.jobstores.sqlite_lists import LIST_TABLES, fill_lists
 from service.adapters.jobstores.sqlite_usage import USAGE_TABLE, fill_usage
 from service.core.errors import DiskFull, Unavailable
 from service.core.job_store_rules import work_state_of
 from storage.deadline import remaining_s
 
 BUSY_TIMEOUT_S = 4  # a request may wait this long for another writer before it gets Unavailable
-TABLES_VERSION = 4
+TABLES_VERSION = 5
 
 # The launchers that have a job's next step. A job is in it while it is queued or active.
 LAUNCHER_TABLE = """
@@ -146,15 +147,9 @@ class SqliteDatabase:
         with self.transaction() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
-                _execute_all(db, TABLES + LAUNCHER_TABLE + USAGE_TABLE)
-            elif version in (2, 3):
-                if version == 2:
-                    _execute_all(db, LAUNCHER_TABLE)
-                    rows = db.execute("SELECT job_id, record FROM jobs WHERE is_final = 0").fetchall()
-                    for job in RecordReader().load_readable(Job, rows):
-                        index_launchers(db, job)
-                _execute_all(db, USAGE_TABLE)
-                fill_usage(db)
+                _execute_all(db, TABLES + LAUNCHER_TABLE + USAGE_TABLE + LIST_TABLES)
+            elif version in (2, 3, 4):
+                _upgrade(db, version)
             elif version != TABLES_VERSION:
                 raise Unavailable(
                     f"{self._path} was written by another version of Tunesmith (tables {version}, this one reads {TABLES_VERSION})",
@@ -162,6 +157,20 @@ class SqliteDatabase:
                 )
             _execute_all(db, EVENT_TOTALS_TABLE + MIXED_DATASETS_TABLE)
             db.execute(f"PRAGMA user_version = {TABLES_VERSION}")
+
+
+def _upgrade(db: sqlite3.Connection, version: int) -> None:
+    """Add the tables that a later version has, and fill them from the records."""
+    if version < 3:
+        _execute_all(db, LAUNCHER_TABLE)
+        rows = db.execute("SELECT job_id, record FROM jobs WHERE is_final = 0").fetchall()
+        for job in RecordReader().load_readable(Job, rows):
+            index_launchers(db, job)
+    if version < 4:
+        _execute_all(db, USAGE_TABLE)
+        fill_usage(db)
+    _execute_all(db, LIST_TABLES + "DROP TABLE IF EXISTS job_costs;")
+    fill_lists(db)
 
 
 def index_launchers(db: sqlite3.Connection, job: Job) -> None:

@@ -1,6 +1,4 @@
-"""The tables of usage and costs: what each attempt, job and dataset adds to its tenant's usage of a period, which quotas sum, and what
-lists show of a job's cost.
-"""
+"""The table of usage: what each attempt, job and dataset adds to its tenant's usage of a period, which quotas sum."""
 
 import sqlite3
 from collections.abc import Iterable
@@ -9,14 +7,12 @@ from typing import Any
 from schema.dataset import Dataset
 from schema.job import Job
 from service.adapters.jobstores.records import RecordReader
-from service.core.accrual import summarize_cost
 from service.core.usage import STORED, Usage, UsageEntry, dataset_entry, iter_job_entries, job_bytes_key
 
 USAGE_TABLE = """
 CREATE TABLE usage (
     tenant_id TEXT NOT NULL, period TEXT NOT NULL, key TEXT NOT NULL, gpu_seconds REAL NOT NULL, usd REAL NOT NULL,
     stored_bytes INTEGER NOT NULL, PRIMARY KEY (tenant_id, period, key)) WITHOUT ROWID;
-CREATE TABLE job_costs (job_id TEXT PRIMARY KEY, cost TEXT NOT NULL) WITHOUT ROWID;
 """
 SUM_OF_PERIOD = "SELECT total(gpu_seconds), total(usd), coalesce(sum(stored_bytes), 0) FROM usage WHERE tenant_id = ? AND period = ?"
 
@@ -27,19 +23,10 @@ def write_usage(db: sqlite3.Connection, entries: Iterable[UsageEntry]) -> None:
     db.executemany("INSERT OR REPLACE INTO usage VALUES (?, ?, ?, ?, ?, ?)", rows)
 
 
-def write_job(db: sqlite3.Connection, job: Job) -> None:
-    """Write what a job's record adds, and its cost once it has an attempt."""
-    write_usage(db, iter_job_entries(job))
-    if job.attempts:
-        cost = summarize_cost(job).model_dump_json(exclude_defaults=True)
-        db.execute("INSERT OR REPLACE INTO job_costs VALUES (?, ?)", (job.job_id, cost))
-
-
-def delete_job(db: sqlite3.Connection, job_id: str) -> None:
-    """Delete a job's cost and its stored bytes; what its attempts used stays."""
+def delete_stored_bytes(db: sqlite3.Connection, job_id: str) -> None:
+    """Delete a job's stored bytes; what its attempts used stays."""
     for (tenant_id,) in db.execute("SELECT tenant_id FROM jobs WHERE job_id = ?", (job_id,)).fetchall():
         delete_usage(db, tenant_id, STORED, job_bytes_key(job_id))
-    db.execute("DELETE FROM job_costs WHERE job_id = ?", (job_id,))
 
 
 def delete_usage(db: sqlite3.Connection, tenant_id: str, period: str, key: str) -> None:
@@ -57,6 +44,6 @@ def fill_usage(db: sqlite3.Connection) -> None:
     """Write the entries of all records, for a database that has none yet."""
     reader = RecordReader()
     for job in reader.load_readable(Job, db.execute("SELECT job_id, record FROM jobs").fetchall()):
-        write_job(db, job)
+        write_usage(db, iter_job_entries(job))
     for dataset in reader.load_readable(Dataset, db.execute("SELECT dataset_id, record FROM datasets").fetchall()):
         write_usage(db, [dataset_entry(dataset)])

@@ -11,11 +11,14 @@ from service.core.jobs.credentials import DeploymentCredentials
 from service.core.jobs.deletion import Deletion
 from service.core.jobs.export import Exports
 from service.core.jobs.launch import AttemptStarter
+from service.core.jobs.metrics import JobMetrics
 from service.core.jobs.ownership import JobMarks
 from service.core.jobs.preparation import DEFAULT_PREPARATION_LIMIT, PreparationLimit
 from service.core.jobs.queries import JobQueries
 from service.core.jobs.reconcile import Reconciliation
 from service.core.jobs.repository import JobRepository
+from service.core.jobs.retention import CheckpointRetention
+from service.core.jobs.storage_usage import StorageQueries
 from service.core.jobs.submit import Submission
 from service.core.jobs.trackers import DeploymentTrackers
 from service.core.launchers import LauncherPool
@@ -36,9 +39,12 @@ class JobServices:
     control: JobControl
     exports: Exports
     queries: JobQueries
+    metrics: JobMetrics
     deletion: Deletion
     attempts: Attempts
     reconciliation: Reconciliation
+    retention: CheckpointRetention
+    storage: StorageQueries
 
 
 def build_job_services(
@@ -58,6 +64,7 @@ def build_job_services(
     attempt_variables: Mapping[str, str] | None = None,
     credentials: CredentialIssuer | None = None,
     preparation_limit: timedelta = DEFAULT_PREPARATION_LIMIT,
+    checkpoint_retention: timedelta | None = None,
     quotas: QuotaChecks | None = None,
     egress: EgressCheck | None = None,
     traceparent: Callable[[], str | None] = lambda: None,
@@ -77,6 +84,7 @@ def build_job_services(
         repository, budget=budget, buckets=buckets, tokens=tokens, credentials=credentials or DeploymentCredentials(), wake=wake
     )
     starter = AttemptStarter(repository, buckets=buckets, marks=marks, tokens=tokens, attempt_variables=attempt_variables or {}, wake=wake)
+    deletion = Deletion(repository, control=control, launchers=launchers, buckets=buckets, marks=marks, hub=hub)
     return JobServices(
         repository=repository,
         submission=Submission(
@@ -93,7 +101,8 @@ def build_job_services(
         control=control,
         exports=Exports(repository, launchers=launchers, budget=budget, models=models, hub=hub, random_suffix=random_suffix, wake=wake),
         queries=JobQueries(repository, launchers=launchers, budget=budget, models=models, url_signer=url_signer, wake=wake),
-        deletion=Deletion(repository, control=control, launchers=launchers, buckets=buckets, marks=marks, hub=hub),
+        metrics=JobMetrics(repository),
+        deletion=deletion,
         attempts=attempts,
         reconciliation=Reconciliation(
             repository,
@@ -105,4 +114,6 @@ def build_job_services(
             preparation_limit=PreparationLimit(repository, preparation_limit, wake),
             wake=wake,
         ),
+        retention=CheckpointRetention(repository, models, checkpoint_retention),
+        storage=StorageQueries(repository, buckets=buckets, launchers=launchers, deletion=deletion),
     )

@@ -37,6 +37,14 @@ def find_last_checkpoint_step(models: ObjectStore, job: Job, attempt: int) -> in
     return max((each.checkpoint.step for each in stored if each.checkpoint.attempt == attempt), default=None)
 
 
+def describe_deletion(job: Job) -> str:
+    """When checkpoints of the job were deleted, as the end of a sentence; nothing if none were."""
+    if job.checkpoints_deleted is None:
+        return ""
+    others = "others" if job.checkpoints_deleted.kept_step is not None else "checkpoints"
+    return f"; its {others} were deleted on {job.checkpoints_deleted.at:%Y-%m-%d}"
+
+
 def _load_manifest(models: ObjectStore, key: str) -> StoredCheckpoint | None:
     folder = key.removesuffix(MANIFEST)
     try:

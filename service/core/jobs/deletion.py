@@ -9,12 +9,13 @@ from schema.job import Job
 from schema.spec import attempt_name, manifest_key, spec_key
 from service.core import lifecycle
 from service.core.errors import InvalidRequest, RecordTooNew, Unavailable, UnreadableRecord
+from service.core.job_lists import JobEntry
 from service.core.jobs.control import JobControl
 from service.core.jobs.orphans import JOB_FOLDERS, OrphanScan, delete_orphan, find_orphans, is_forgotten
 from service.core.jobs.ownership import JobMarks
 from service.core.jobs.repository import JobRepository
 from service.core.launchers import LauncherPool
-from service.core.ports import Buckets, Hub, JobEntry, LogReader
+from service.core.ports import Buckets, Hub, LogReader
 from service.core.principals import Principal, Scope
 from service.core.validation.hub import check_only_our_commits
 from storage import ObjectStore, StorageError, delete_prefix

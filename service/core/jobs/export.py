@@ -11,7 +11,7 @@ from schema.requests import ExportRequest, ReexportRequest
 from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest, NotFound
 from service.core.jobs.budget import Budget
-from service.core.jobs.checkpoints import StoredCheckpoint, list_checkpoints
+from service.core.jobs.checkpoints import StoredCheckpoint, describe_deletion, list_checkpoints
 from service.core.jobs.repository import JobRepository, compute_digest
 from service.core.jobs.secrets import HF_SECRET
 from service.core.jobs.submit import make_job_id
@@ -53,7 +53,7 @@ class Exports:
         """Create a job that exports the checkpoint of one step. Raises NotFound, Unsupported, InvalidRequest, QuotaExceeded."""
         principal.require(Scope.JOBS_WRITE)
         source = self._repository.find(principal, job_id)
-        stored = _pick_checkpoint(list_checkpoints(self._models, source), job_id, step, request.attempt)
+        stored = _pick_checkpoint(list_checkpoints(self._models, source), source, step, request.attempt)
         secrets = {HF_SECRET: request.hf_token.get_secret_value()} if request.hf_token else {}
         config, placements = self._check(source, request, secrets.get(HF_SECRET))
         # The body of a ReexportRequest overrides `step` with the step it asked for, which may be none: the newest checkpoint
@@ -137,14 +137,15 @@ def _make_export_config(config: TrainingConfig, request: ExportRequest, earlier_
         raise InvalidRequest(first["msg"], param=first.get("ctx", {}).get("field")) from error
 
 
-def _pick_checkpoint(stored: Sequence[StoredCheckpoint], job_id: str, step: int, attempt: int | None) -> StoredCheckpoint:
+def _pick_checkpoint(stored: Sequence[StoredCheckpoint], job: Job, step: int, attempt: int | None) -> StoredCheckpoint:
     """The checkpoint of a step, the newest attempt's unless one is named. Raises NotFound that lists what there is."""
     for each in stored:
         if each.checkpoint.step == step and attempt in (None, each.checkpoint.attempt):
             return each
     known = ", ".join(str(each.checkpoint.step) for each in stored) or "none"
     of_attempt = f" of attempt {attempt}" if attempt else ""
-    raise NotFound(f"{job_id} has no checkpoint{of_attempt} at step {step}; it has: {known}", param="attempt" if attempt else "step")
+    message = f"{job.job_id} has no checkpoint{of_attempt} at step {step}; it has: {known}"
+    raise NotFound(f"{message}{describe_deletion(job)}", param="attempt" if attempt else "step")
 
 
 def _no_checkpoint_error(job: Job) -> NotFound:
@@ -153,5 +154,7 @@ def _no_checkpoint_error(job: Job) -> NotFound:
         hint = f"POST /jobs/{job.export_of.job_id}/export exports it again"
         return NotFound(f"{job.job_id} trained nothing; it exported a checkpoint of {job.export_of.job_id}", hint=hint)
     if job.status.is_final:
-        return NotFound(f"no checkpoint of {job.job_id} is kept", hint=f"POST /jobs/{job.job_id}/clone trains it again")
+        message = f"no checkpoint of {job.job_id} is kept{describe_deletion(job)}"
+        start = f"; base_model_id job:{job.job_id} starts a job from its published model" if job.artifacts else ""
+        return NotFound(message, hint=f"POST /jobs/{job.job_id}/clone trains it again{start}")
     return NotFound(f"{job.job_id} is {job.status} and has no checkpoint yet", hint="POST /jobs/{id}/pause saves one")

@@ -1,20 +1,20 @@
 """What callers read of a job: its current state, its log, links to its artifacts."""
 
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from schema.job import Artifact, ArtifactFile, ComputeRate, Gate, Job, Status
 from schema.spec import attempt_name
 from service.core.accrual import Spending, sum_spending
 from service.core.errors import Conflict, NotFound
 from service.core.event_store import Heartbeat, StoredEvent
+from service.core.job_lists import JobQuery, ListedJob
 from service.core.jobs.budget import Budget
 from service.core.jobs.checkpoints import StoredCheckpoint, list_checkpoints
 from service.core.jobs.manifest import write_manifest
 from service.core.jobs.repository import JobRepository
 from service.core.launchers import LauncherPool
 from service.core.ports import (
-    JobQuery,
-    JobSummary,
     LogLocator,
     LogPage,
     LogReader,
@@ -39,6 +39,7 @@ class JobView:
     pending_reason: str | None  # why it does not run yet, where that is known
     spending: Spending  # of all attempts until now
     rate: ComputeRate  # of the current attempt, else of the placement that the job prefers
+    now: datetime
 
 
 class JobQueries:
@@ -61,10 +62,15 @@ class JobQueries:
         self._url_signer = url_signer
         self._wake = wake
 
-    def list_jobs(self, principal: Principal, query: JobQuery) -> Page[JobSummary]:
+    def list_jobs(self, principal: Principal, query: JobQuery) -> Page[ListedJob]:
         """A page of the tenant's jobs, newest first. Raises InvalidRequest for a malformed cursor."""
         principal.require(Scope.JOBS_READ)
         return self._repository.store.list_jobs(replace(query, tenant_id=principal.tenant_id))
+
+    def count_jobs_by_status(self, principal: Principal, query: JobQuery) -> dict[Status, int] | None:
+        """How many of the tenant's jobs that match the query, whatever its statuses, have each status; None: too many to count."""
+        principal.require(Scope.JOBS_READ)
+        return self._repository.store.count_jobs_by_status(replace(query, tenant_id=principal.tenant_id))
 
     def get_refreshed(self, principal: Principal, job_id: str) -> JobView:
         """A job with what is known of it outside its record. A silent job is reconciled first. Raises NotFound."""
@@ -86,7 +92,8 @@ class JobQueries:
         if job.status is Status.QUEUED:
             pending_reason = self._launchers.describe_missing(job) or self._budget.describe_wait(job)
         rate = attempt.rate if attempt and attempt.rate and job.status is not Status.QUEUED else self._budget.find_rate(job)
-        return JobView(job, heartbeat, pending_reason, sum_spending(job, self._repository.clock()), rate)
+        now = self._repository.clock()
+        return JobView(job, heartbeat, pending_reason, sum_spending(job, now), rate, now)
 
     def list_events(self, principal: Principal, job_id: str, after: int, limit: int) -> list[StoredEvent]:
         """A page of a job's events, oldest first: at most `limit`, and about MAX_PAGE_BYTES. Raises NotFound."""

@@ -11,7 +11,8 @@ from schema.job import Job
 from service.core import lifecycle
 from service.core.errors import NotFound, RecordTooNew, StaleRevision, TunesmithError, Unavailable, UnreadableRecord
 from service.core.event_store import Heartbeat
-from service.core.ports import IdempotencyKey, JobEntry, JobStore, SecretStore
+from service.core.job_lists import JobEntry
+from service.core.ports import IdempotencyKey, JobStore, SecretStore
 from service.core.principals import Principal
 from service.core.stored_json import MAX_RECORD_BYTES, dump_record
 

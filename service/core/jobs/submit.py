@@ -126,7 +126,7 @@ class Submission:
             config, earlier_model = resolve_earlier_model(self._repository, principal, config)
         is_base_known = not problems
         with problems.collect():
-            placements = place(config, request.hardware, self._launchers)
+            placements = place(config, request.hardware, self._launchers, is_new=True)
             check_cost_cap(request.max_cost_usd, placements)
         with problems.collect():
             check_job(config, self._find_datasets(request, principal.tenant_id), self._models)

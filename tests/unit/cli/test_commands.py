@@ -8,6 +8,7 @@ from typer.testing import CliRunner, Result
 
 from cli.errors import ApiError, CliError
 from cli.main import app
+from tests.unit.cli.api_json import make_job_json
 from tests.unit.cli.fake_service import JOB_CREATED, JOB_ID, FakeReply, FakeService
 
 
@@ -70,9 +71,9 @@ def test_export_without_step_uses_published_model() -> None:
 
 def test_delete_affects_hub_only_with_option() -> None:
     deleted = httpx2.Response(200, json={"deleted": True, "message": "deleted", "job_id": "j", "deleted_resources": []})
-    _, [request] = run_command("delete", JOB_ID, replies=[deleted], environment={"HF_TOKEN": "hf_x"})
+    _, [request] = run_command("delete", JOB_ID, "--yes", replies=[deleted], environment={"HF_TOKEN": "hf_x"})
     assert ("X-HF-Token" in request.headers, request.url.query) == (False, b"")
-    _, [request] = run_command("delete", JOB_ID, "--hub", replies=[deleted], environment={"HF_TOKEN": "hf_x"})
+    _, [request] = run_command("delete", JOB_ID, "--hub", "--yes", replies=[deleted], environment={"HF_TOKEN": "hf_x"})
     assert (request.headers["X-HF-Token"], request.url.query) == ("hf_x", b"delete_hub=true")
     done, requests = run_command("delete", JOB_ID, "--hub", replies=[deleted])
     assert isinstance(done.exception, CliError)
@@ -85,7 +86,7 @@ def test_caps_are_sent_as_numbers() -> None:
     assert done.exit_code == 0, done.output
     _, [cloned] = run_command("clone", JOB_ID, *caps, replies=[JOB_CREATED])
     _, [exported] = run_command("export", JOB_ID, *caps, replies=[JOB_CREATED])
-    resumed = httpx2.Response(202, json={"status": "queued"})
+    resumed = httpx2.Response(202, json=make_job_json(status="queued"))
     _, [resume] = run_command("resume", JOB_ID, *caps, replies=[resumed])
     _, [retry] = run_command("retry", JOB_ID, *caps, replies=[resumed])
     for request in (trained, cloned, exported, resume, retry):
@@ -96,6 +97,6 @@ def test_caps_are_sent_as_numbers() -> None:
 def test_dataset_option_replaces_a_mix_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "request.yaml"
     file.write_text("datasets: [{processed_dataset_id: a, weight: 1}, {processed_dataset_id: b, weight: 1}]\ntraining_config: {}\n")
-    done, [request] = run_command("train", str(file), "--dataset", "c", "--base", "job:training_0", replies=[JOB_CREATED])
+    done, [request] = run_command("train", str(file), "--dataset", "c", "--base", f"job:{JOB_ID}", replies=[JOB_CREATED])
     assert done.exit_code == 0, done.output
-    assert json.loads(request.content) == {"processed_dataset_id": "c", "training_config": {"base_model_id": "job:training_0"}}
+    assert json.loads(request.content) == {"processed_dataset_id": "c", "training_config": {"base_model_id": f"job:{JOB_ID}"}}

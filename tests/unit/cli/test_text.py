@@ -54,8 +54,10 @@ def test_log_of_an_attempt_cannot_control_the_terminal() -> None:
 
 
 def test_followed_log_cannot_control_the_terminal() -> None:
-    service = FakeService(httpx2.Response(200, text=f"a{CLIPBOARD}b"))
-    assert "\x1b" not in "".join(service.client.follow_log(JOB_ID, None))
+    part = json.dumps({"attempt": 1, "text": f"a{CLIPBOARD}b", "offset": 9})
+    stream = f"id: 1:9\ndata: {part}\n\nevent: done\ndata: {{}}\n\n"
+    service = FakeService(httpx2.Response(200, text=stream, headers={"Content-Type": "text/event-stream"}))
+    assert [part["text"] for part in service.client.follow_log(JOB_ID, None)] == ["a␛]52;c;cm0gLXJm␛\\b"]
 
 
 def test_error_message_cannot_control_the_terminal() -> None:

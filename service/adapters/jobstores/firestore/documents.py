@@ -5,7 +5,6 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any, cast
 
 from google.cloud.firestore import CollectionReference, DocumentReference
@@ -13,16 +12,18 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from schema.dataset import Dataset
-from schema.job import Job, Status
+from schema.job import Job
 from service.adapters.jobstores.firestore.database import Fields, Snapshot
+from service.adapters.jobstores.firestore.search_terms import list_search_terms
 from service.adapters.jobstores.records import format_timestamp
-from service.core.accrual import JobCost, summarize_cost
+from service.core.accrual import JobCost
 from service.core.event_store import Heartbeat
+from service.core.job_lists import JobEntry, JobSummary, summarize_job
 from service.core.job_store_rules import IDEMPOTENCY_TTL, work_state_of
-from service.core.ports import IdempotencyKey, JobEntry, JobSummary
+from service.core.ports import IdempotencyKey
 from service.core.stored_json import dump_record
 
-FILTERS = ("status", "project_id", "modality", "trainer_type")
+FILTERS = ("status", "project_id", "modality", "trainer_type", "created_by")
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # as schema.base.Id; Firestore accepts each of them as a document's name
 
 _HEARTBEAT: TypeAdapter[Heartbeat] = TypeAdapter(Heartbeat)
@@ -45,23 +46,21 @@ def fields_of(snapshot: Snapshot) -> dict[str, Any]:
 
 def build_job_fields(job: Job, write_ids: list[str]) -> Fields:
     """A job's document. `write_ids` are the ids of the last writes to it, newest last. A field that is None is left out."""
-    config = job.training_config
-    summary = {
-        "job_name": job.job_name,
-        "base_model_id": config.summarize().base_model_id,
+    filters = {
         "status": str(job.status),
-        "modality": config.summarize().modality,
-        "trainer_type": config.trainer_type,
         "project_id": job.project_id,
-        "cost": summarize_cost(job).model_dump_json(exclude_defaults=True),
+        "modality": job.training_config.summarize().modality,
+        "trainer_type": job.training_config.trainer_type,
+        "created_by": job.created_by,
     }
     return {
         "record": dump_record(job),
         "revision": job.revision,
         "writes": write_ids,
         "created_at": format_timestamp(job.created_at),
-        "summary": summary,
-        "list_filters": {"tenant_id": job.tenant_id} | build_filter_values(job.tenant_id, summary),
+        "summary": summarize_job(job).model_dump_json(exclude_defaults=True),
+        "list_filters": {"tenant_id": job.tenant_id} | build_filter_values(job.tenant_id, filters),
+        "search_terms": list_search_terms(job),
         "work_lists": list_work_lists(job) or None,
         "work_state": None,  # what versions before 0.2 wrote instead
         "active_dataset_id": None if job.status.is_final else job.processed_dataset_id,
@@ -81,11 +80,12 @@ def build_filter_values(tenant_id: str, values: Mapping[str, str | None]) -> dic
 
 
 def load_summary(snapshot: Snapshot) -> JobSummary:
-    """A job as lists show it."""
-    summary: dict[str, Any] = snapshot.get("summary")
-    created_at = datetime.fromisoformat(snapshot.get("created_at"))
-    decoded: dict[str, Any] = {"status": Status(summary["status"]), "cost": JobCost.load(summary.get("cost", "{}"))}
-    return JobSummary(job_id=snapshot.id, created_at=created_at, **summary | decoded)
+    """A job as lists show it. Raises ValidationError."""
+    stored: str | dict[str, Any] = snapshot.get("summary")
+    if isinstance(stored, str):
+        return JobSummary.load(stored)
+    fields = {"job_id": snapshot.id, "created_at": snapshot.get("created_at"), "cost": JobCost.load(stored.get("cost", "{}"))}
+    return JobSummary.model_validate(stored | fields)  # a map, as earlier versions wrote it
 
 
 def load_entry(snapshot: Snapshot) -> JobEntry:

@@ -1,4 +1,4 @@
-"""Pages of records, newest first, and the work lists. Each query is served by an index of infra/firestore.indexes.json."""
+"""Pages of records, and the work lists. Each query is served by an index of infra/firestore.indexes.json."""
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
@@ -10,21 +10,11 @@ from google.cloud.firestore import CollectionReference, FieldFilter, Query
 from schema.job import Job
 from service.adapters.jobstores.cursors import decode_cursor, encode_cursor, invalid_cursor_error
 from service.adapters.jobstores.firestore.database import Database, Snapshot
-from service.adapters.jobstores.firestore.documents import FILTERS, SAFE_ID, build_filter_values, load_summary
+from service.adapters.jobstores.firestore.documents import SAFE_ID
 from service.adapters.jobstores.records import RecordReader
-from service.core.ports import JobQuery, JobSummary, Page
+from service.core.ports import Page
 
 Record = TypeVar("Record")
-
-
-def list_jobs(database: Database, jobs: CollectionReference, query: JobQuery) -> Page[JobSummary]:
-    """A page of a tenant's jobs, newest first."""
-    filters = {name: str(value) for name in FILTERS if (value := getattr(query, name)) is not None}
-    selected = jobs.select(["created_at", "summary"])
-    # A filter's value contains the tenant, so a filter for the tenant alone is needed only where there is no other filter.
-    for name, value in build_filter_values(query.tenant_id, filters).items() if filters else [("tenant_id", query.tenant_id)]:
-        selected = selected.where(filter=FieldFilter(f"list_filters.{name}", "==", value))
-    return fetch_page(database, jobs, selected, query.limit, query.after, lambda shown: [load_summary(snapshot) for snapshot in shown])
 
 
 def list_oldest_jobs(
@@ -38,7 +28,7 @@ def list_oldest_jobs(
     """Jobs of all tenants in a list of work, oldest first; without a launcher, of every launcher."""
     work_list = f"{work_state}/{launcher}" if launcher else work_state
     selected = jobs.where(filter=FieldFilter("work_lists", "array_contains", work_list)).select(["created_at", "record"])
-    snapshots = _iter_pages(database, _order_by_creation(selected, Query.ASCENDING), limit)
+    snapshots = iter_pages(database, order_by_creation(selected, Query.ASCENDING), limit)
     return reader.load_readable(Job, ((snapshot.id, snapshot.get("record")) for snapshot in snapshots), limit)
 
 
@@ -47,7 +37,7 @@ def list_unlisted_jobs(database: Database, jobs: CollectionReference, limit: int
     unlisted: list[str] = []
     for work_state in ("queued", "active"):
         query = jobs.where(filter=FieldFilter("work_state", "==", work_state)).select([])
-        unlisted += [snapshot.id for snapshot in database.query(_order_by_creation(query, Query.ASCENDING).limit(limit))]
+        unlisted += [snapshot.id for snapshot in database.query(order_by_creation(query, Query.ASCENDING).limit(limit))]
     return unlisted
 
 
@@ -60,16 +50,16 @@ def fetch_page(
     load: Callable[[Sequence[Snapshot]], list[Record]],
 ) -> Page[Record]:
     """A page of a query's records, newest first. Raises InvalidRequest for a cursor that the API did not issue."""
-    newest_first = _order_by_creation(query, Query.DESCENDING)
+    newest_first = order_by_creation(query, Query.DESCENDING)
     if after:
-        newest_first = newest_first.start_after(_cursor_position(after, collection))
+        newest_first = newest_first.start_after(cursor_position(after, collection))
     snapshots = database.query(newest_first.limit(limit + 1))
     shown = snapshots[:limit]
     next_cursor = encode_cursor(shown[-1].get("created_at"), shown[-1].id) if len(snapshots) > limit else None
     return Page(load(shown), next_cursor)
 
 
-def _iter_pages(database: Database, query: Query, page_size: int) -> Iterator[Snapshot]:
+def iter_pages(database: Database, query: Query, page_size: int) -> Iterator[Snapshot]:
     """All documents of a query, read page by page, so that a reader may stop before the last."""
     page = database.query(query.limit(page_size))
     yield from page
@@ -78,11 +68,12 @@ def _iter_pages(database: Database, query: Query, page_size: int) -> Iterator[Sn
         yield from page
 
 
-def _order_by_creation(query: Query, direction: str) -> Query:
+def order_by_creation(query: Query, direction: str) -> Query:
+    """A query in the order that lists have, by the time of creation and then by id."""
     return query.order_by("created_at", direction=direction).order_by("__name__", direction=direction)
 
 
-def _cursor_position(cursor: str, collection: CollectionReference) -> dict[str, object]:
+def cursor_position(cursor: str, collection: CollectionReference) -> dict[str, object]:
     """A cursor as Firestore's position. It comes from a caller, so its parts are checked."""
     created_at, row_id = decode_cursor(cursor)
     if not SAFE_ID.fullmatch(row_id):

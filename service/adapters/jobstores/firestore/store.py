@@ -36,8 +36,8 @@ from google.cloud.firestore import DocumentReference, FieldFilter
 
 from schema.dataset import Dataset
 from schema.events import Event, EventBatch
-from schema.job import Job
-from service.adapters.jobstores.firestore import queries
+from schema.job import Job, Status
+from service.adapters.jobstores.firestore import job_lists, queries
 from service.adapters.jobstores.firestore.database import CALL_TIMEOUT_S, Database, Fields, Snapshot
 from service.adapters.jobstores.firestore.documents import (
     build_dataset_fields,
@@ -63,8 +63,9 @@ from service.adapters.jobstores.firestore.usage import count_jobs, sum_usage, us
 from service.adapters.jobstores.records import Record, RecordReader, load_record
 from service.core.errors import Conflict, IdempotencyConflict, NotFound, StaleRevision
 from service.core.event_store import Heartbeat, StoredEvent
+from service.core.job_lists import JobEntry, JobQuery, ListedJob
 from service.core.job_store_rules import IDEMPOTENCY_TTL, select_new_events
-from service.core.ports import IdempotencyKey, JobEntry, JobQuery, JobSummary, Page
+from service.core.ports import IdempotencyKey, Page
 from service.core.stored_json import make_storable
 from service.core.usage import STORED, JobState, Usage, dataset_bytes_key, dataset_entry, iter_job_entries, job_bytes_key
 from storage.deadline import deadline
@@ -150,8 +151,11 @@ class FirestoreJobStore:
 
         return self._database.run_with_retry(step)
 
-    def list_jobs(self, query: JobQuery) -> Page[JobSummary]:
-        return queries.list_jobs(self._database, self._jobs, query)
+    def list_jobs(self, query: JobQuery) -> Page[ListedJob]:
+        return job_lists.list_jobs(self._database, self._jobs, self._heartbeats, query, self._reader)
+
+    def count_jobs_by_status(self, query: JobQuery) -> dict[Status, int] | None:
+        return job_lists.count_jobs_by_status(self._database, self._jobs, query, self._reader)
 
     def list_queued_jobs(self, launcher: str | None, limit: int) -> list[Job]:
         self._list_jobs_of_earlier_version()

@@ -37,7 +37,7 @@ def sum_usage(database: Database, usage: CollectionReference, tenant_id: str, pe
     """The sum of a tenant's entries of a period."""
     entries = usage.where(filter=FieldFilter("scope", "==", _scope(tenant_id, period)))
     gpu_seconds, usd, stored_bytes = (
-        _run(database, AggregationQuery(entries).sum(field)) for field in ("gpu_seconds", "usd", "stored_bytes")
+        run_aggregation(database, AggregationQuery(entries).sum(field)) for field in ("gpu_seconds", "usd", "stored_bytes")
     )
     return Usage(gpu_seconds=gpu_seconds, usd=usd, stored_bytes=round(stored_bytes))
 
@@ -46,14 +46,14 @@ def count_jobs(database: Database, jobs: CollectionReference, tenant_id: str, st
     """How many jobs of a tenant have a status of that state, with the index that lists them by status."""
     statuses = [f"{tenant_id}/{status}" for status in statuses_of(state)]
     matching = jobs.where(filter=FieldFilter("list_filters.status", "in", statuses)).order_by("created_at", direction=Query.DESCENDING)
-    return round(_run(database, AggregationQuery(matching).count()))
+    return round(run_aggregation(database, AggregationQuery(matching).count()))
 
 
 def _scope(tenant_id: str, period: str) -> str:
     return f"{tenant_id}/{period}"
 
 
-def _run(database: Database, query: AggregationQuery) -> float:
+def run_aggregation(database: Database, query: AggregationQuery) -> float:
     """The value of a query with one aggregation. Raises Unavailable."""
     results = database.run_with_retry(lambda: list(query.stream(retry=NO_RETRIES, timeout=remaining_s(RPC_TIMEOUT_S))))
     return float(results[0][0].value)

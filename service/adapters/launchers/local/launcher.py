@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from stat import S_ISREG
 from typing import Self
 
 import psutil
@@ -167,6 +168,11 @@ class LocalLauncher:
                 child.wait(STOP_GRACE_S)
         self._reap()
 
+    # --- AttemptOwner ------------------------------------------------------------------------------------------------
+
+    def count_attempts(self) -> int:
+        return len(self._running_attempts())
+
     # --- ExitReasonReader --------------------------------------------------------------------------------------------
 
     def get_exit_reason(self, handle: str) -> ExitReason | None:
@@ -206,6 +212,13 @@ class LocalLauncher:
         if folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
         return existed
+
+    # --- LogMeter ----------------------------------------------------------------------------------------------------
+
+    def measure_logs(self, job_id: str) -> int:
+        own = re.compile(rf"{re.escape(job_id)}\.\d+(\.log)?")  # an id may have a dot too
+        attempts = [path for path in self._folder.glob(f"{job_id}.*") if own.fullmatch(path.name)]
+        return sum(_size_of(path) for attempt in attempts for path in (attempt, *attempt.rglob("*")))
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 
@@ -296,6 +309,15 @@ def _send_signal(pid: int, signal_number: signal.Signals) -> None:
 def _kill_group(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of a file; 0 for anything else, such as a link to a base model, and for a file that was just deleted."""
+    try:
+        stat = path.lstat()
+    except FileNotFoundError:
+        return 0
+    return stat.st_size if S_ISREG(stat.st_mode) else 0
 
 
 def _find_tail(content: bytes, lines: int, *, is_cut: bool) -> int:

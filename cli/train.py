@@ -1,0 +1,278 @@
+"""The command `train`: from a file of rows, a dataset or a request to a job that is watched until it ends."""
+
+import sys
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from cli.background import ensure_service
+from cli.choices import choose_default_exports, choose_trainer, describe_choices, resolve_base
+from cli.completion import complete_bases, complete_hardware, complete_methods, complete_trainers
+from cli.errors import ApiError, CliError
+from cli.export_options import (
+    FormatOption,
+    GgufOption,
+    HfPrivateOption,
+    ImatrixOption,
+    LoraGgufOption,
+    MergedDtypeOption,
+    ToHubOption,
+    build_export_config,
+)
+from cli.http_client import Client, Json
+from cli.job_secrets import SecretOption
+from cli.options import EvalFractionOption, HfTokenOption, JsonOption, MaxCostOption, MaxGpuSecondsOption, MetadataOption, create_client
+from cli.output import err, print_answer
+from cli.request import build_train_request, load_request_file, parse_hardware, parse_pairs
+from cli.rows import RowsFile, UploadOptions, check_rows_file, describe_rows, find_row_warning, find_uploaded, remember_upload, upload_rows
+from cli.settings import Settings
+from cli.watch import watch_job
+
+REQUEST_SUFFIXES = (".yaml", ".yml")
+MAX_REQUEST_BYTES = 2_000_000  # YAML is slow to read, and a chat template is the longest field
+ROW_FIELDS = {"messages", "prompt", "text"}  # every row has one of them
+DATASET_PREFIX = "dataset_"
+NOT_UPLOADED = "dataset_not_uploaded_yet"  # no dataset has this id
+
+
+def train(
+    context: typer.Context,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[ROWS|REQUEST|DATASET]",
+            help="A file of rows (.jsonl), a request or a training_config (.yaml, .json), or the id of a dataset.",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=complete_bases,
+            help="Model to start from: its name, such as gemma-3-270m, a folder such as ./my-model, or job:ID for the model of a job.",
+        ),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Id of a dataset, with a request file that names none.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job. Default: the name of the file of rows.")] = None,
+    trainer: Annotated[
+        str | None,
+        typer.Option(autocompletion=complete_trainers, help="sft, dpo, orpo, kto, grpo or reward. Default: what the rows are for."),
+    ] = None,
+    method: Annotated[str | None, typer.Option(autocompletion=complete_methods, help="LoRA, QLoRA or Full. Default: LoRA.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the rows. Default: 3.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--lr", help="Peak learning rate, such as 1e-4. Default: by trainer and method.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per device and forward pass.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA adapter. Default: 16.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per row; longer rows are truncated. Default: 1024.")] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=complete_hardware,
+            help="Hardware profile, or several by comma in order of preference; `tunesmith capabilities` lists them.",
+        ),
+    ] = None,
+    eval_fraction: EvalFractionOption = 0.1,
+    project: Annotated[str | None, typer.Option(help="Project of the job, and of rows that are uploaded.")] = None,
+    metadata: MetadataOption = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Any other field of the request, such as project_id=x, or of its training_config, such as "
+            "hyperparameters.warmup_ratio=0.1; can be repeated.",
+        ),
+    ] = None,
+    formats: FormatOption = None,
+    gguf: GgufOption = None,
+    merged_dtype: MergedDtypeOption = None,
+    imatrix: ImatrixOption = None,
+    lora_gguf: LoraGgufOption = False,
+    to_hub: ToHubOption = None,
+    hf_private: HfPrivateOption = None,
+    wandb_project: Annotated[str | None, typer.Option(help="Also report to this project of Weights & Biases.")] = None,
+    wandb_api_key: Annotated[
+        str | None,
+        typer.Option(envvar="WANDB_API_KEY", show_envvar=True, help="W&B API key. The environment variable is used if W&B is asked for."),
+    ] = None,
+    max_gpu_seconds: MaxGpuSecondsOption = None,
+    max_cost_usd: MaxCostOption = None,
+    hf_token: HfTokenOption = None,
+    should_watch: Annotated[
+        bool | None,
+        typer.Option(
+            "--watch/--detach",
+            help="Follow the job until it ends, or only print its id. Default: follow a job on rows, and any job on a terminal.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model: upload rows, submit the job and follow it. Starts a service on this machine if none runs."""
+    settings = Settings.from_environment()
+    given = _read_source(source)
+    request = build_train_request(
+        given.request,
+        {
+            "processed_dataset_id": dataset or given.dataset_id,
+            "job_name": name,
+            "project_id": project,
+            "metadata": parse_pairs("--metadata", metadata),
+            "hf_token": hf_token,
+            "hardware": parse_hardware(hardware),
+            "max_gpu_seconds": max_gpu_seconds,
+            "max_cost_usd": max_cost_usd,
+        },
+        {
+            "base_model_id": base,
+            "method": method,
+            "trainer_type": trainer,
+            "hyperparameters": {
+                "epochs": epochs,
+                "max_steps": max_steps,
+                "learning_rate": learning_rate,
+                "batch_size": batch_size,
+                "lora_rank": rank,
+                "max_seq_length": max_length,
+            },
+            "export_config": build_export_config(
+                formats=formats,
+                gguf=gguf,
+                merged_dtype=merged_dtype,
+                imatrix=imatrix,
+                lora_gguf=lora_gguf,
+                to_hub=to_hub,
+                hf_private=hf_private,
+            ),
+            "wandb_config": {"project": wandb_project},
+        },
+        overrides,
+    )
+    if given.rows and (dataset or "processed_dataset_id" in request or "datasets" in request):
+        raise CliError("the rows come from both a file and a dataset", "leave out the file, or --dataset", param=source)
+    _add_wandb_key(request["training_config"], SecretOption.of(context, "wandb_api_key", wandb_api_key))
+    should_watch = (bool(given.rows) or sys.stdout.isatty()) and not as_json if should_watch is None else should_watch
+    ensure_service(context, settings)
+    with create_client(context) as client:
+        _resolve_base(client, request["training_config"], settings)
+        if given.rows:
+            options = UploadOptions(eval_fraction=eval_fraction, project=request.get("project_id"))
+            request.setdefault("job_name", given.rows.path.stem[:128])
+            found = _get_dataset(client, given.rows, options, request, settings, is_quiet=as_json)
+            request["processed_dataset_id"] = found["processed_dataset_id"]
+            _complete_request(client, request, found)
+        elif given.dataset_id:
+            _complete_request(client, request, client.get(f"/datasets/{given.dataset_id}"))
+        job_id = client.train(request)
+        print_answer({"job_id": job_id}, as_json, job_id)
+        if should_watch and not as_json:
+            for line in describe_choices(client.get(f"/jobs/{job_id}")):
+                err.print(line, style="dim", highlight=False, soft_wrap=True)
+        if should_watch:
+            watch_job(client, job_id, as_json)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the argument of `train` names: at most one of these."""
+
+    rows: RowsFile | None = None
+    request: Path | None = None
+    dataset_id: str | None = None
+
+
+def _read_source(source: str | None) -> Source:
+    """What the argument names. Raises CliError if that is nothing, or wrong at first sight."""
+    if source is None:
+        return Source()
+    path = Path(source)
+    if path.is_dir():
+        raise CliError("is a folder, not a file of rows", "to start from a model in a folder: --base", param=source)
+    if not path.exists():
+        if source.startswith(DATASET_PREFIX):
+            return Source(dataset_id=source)
+        near = get_close_matches(path.name, [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else [])
+        raise CliError("does not exist", f"did you mean {path.with_name(near[0])}?" if near else "", param=source)
+    if path.suffix.lower() in REQUEST_SUFFIXES or (path.suffix.lower() == ".json" and _is_request(path)):
+        return Source(request=path)
+    return Source(rows=check_rows_file(path))
+
+
+def _is_request(path: Path) -> bool:
+    """Whether a JSON file is one object that is no row."""
+    if path.stat().st_size > MAX_REQUEST_BYTES:
+        return False
+    try:
+        return not ROW_FIELDS & load_request_file(path).keys()
+    except CliError:
+        return False
+
+
+def _add_wandb_key(training_config: Json, key: SecretOption) -> None:
+    """Add the key if W&B is asked for: by options, or by a request that has no key of its own."""
+    config: Json | None = training_config.get("wandb_config")
+    is_asked_for = isinstance(config, dict) and config.get("mode") != "offline"
+    if key.value and (key.is_typed or is_asked_for):
+        training_config["wandb_config"] = {"api_key": key.value, **(config or {})}
+
+
+def _resolve_base(client: Client, training_config: Json, settings: Settings) -> None:
+    base: object = training_config.get("base_model_id")
+    if isinstance(base, str):
+        training_config["base_model_id"] = resolve_base(client, base, settings)
+    elif base is None:
+        models: list[Json] = client.get("/models")["models"]
+        names = ", ".join(model["name"] for model in models)
+        hint = (
+            f"name the model to start from: --base NAME; here are {names}"
+            if names
+            else "`tunesmith models pull` gets one, then --base NAME"
+        )
+        raise CliError("is missing", hint, param="base_model_id")
+
+
+def _get_dataset(client: Client, rows: RowsFile, options: UploadOptions, request: Json, settings: Settings, *, is_quiet: bool) -> Json:
+    """The dataset of the rows: found again, or uploaded after the service has checked the rest of the request."""
+    dataset = find_uploaded(client, rows.path, options, settings)
+    is_new = dataset is None
+    if dataset is None:
+        _check_request(client, request, rows.trainer_type)
+        dataset = upload_rows(client, rows.path, options)
+        remember_upload(client, rows.path, options, settings, dataset["processed_dataset_id"])
+    if not is_quiet:
+        seen_before = "" if is_new else f" (uploaded before, as {dataset['processed_dataset_id']})"
+        err.print(f"{escape(rows.path.name)}: {describe_rows(dataset)}{seen_before}", highlight=False, soft_wrap=True)
+        if warning := find_row_warning(dataset):
+            err.print(f"[yellow]warning[/] {warning}", highlight=False, soft_wrap=True)
+    return dataset
+
+
+def _check_request(client: Client, request: Json, trainer_type: str) -> None:
+    """Let the service say what is wrong with the request before rows are uploaded for it: it refuses an unknown dataset in any case."""
+    training_config = {"trainer_type": trainer_type, **request["training_config"]}
+    try:
+        client.train({**request, "processed_dataset_id": NOT_UPLOADED, "training_config": training_config})
+    except ApiError as error:
+        others = [problem for problem in error.problems if problem.param != "processed_dataset_id"]
+        if others:
+            first, *more = others
+            raise ApiError(first.message, first.hint, error.code, error.status, first.param, more) from error
+
+
+def _complete_request(client: Client, request: Json, dataset: Json) -> None:
+    """Choose what the request leaves open, by the rows and by what the deployment offers."""
+    training_config: Json = request["training_config"]
+    capabilities = client.get("/capabilities")
+    if "trainer_type" not in training_config:
+        trainer = choose_trainer(dataset["dataset_type"], training_config, capabilities)
+        training_config["trainer_type"] = trainer.name
+        if trainer.note:
+            err.print(trainer.note, style="dim", highlight=False, soft_wrap=True)
+    if dataset["images"] and "modality" not in training_config:
+        training_config["modality"] = "vision"
+    if "export_config" not in training_config and (exports := choose_default_exports(training_config, capabilities)):
+        training_config["export_config"] = exports

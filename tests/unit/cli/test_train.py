@@ -1,0 +1,328 @@
+"""The command `train`: what it reads, uploads, chooses and submits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from typer.testing import CliRunner, Result
+
+from cli.choices import choose_trainer
+from cli.errors import CliError, Problem
+from cli.http_client import Client, Json
+from cli.main import app
+from cli.rows import check_rows_file, describe_rows, find_row_warning
+from tests.unit.cli.fake_service import JOB_ID
+
+ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+CAPABILITIES: Json = {
+    "trainer_types": {
+        "sft": {"dataset_types": ["messages", "prompt_completion", "text"]},
+        "dpo": {"dataset_types": ["preference"]},
+        "orpo": {"dataset_types": ["preference"]},
+        "kto": {"dataset_types": ["unpaired_preference"]},
+        "grpo": {"dataset_types": ["prompt"]},
+    },
+    "export": {"gguf_quantizations": ["f16", "q8_0"]},
+    "methods": ["LoRA", "Full"],
+    "launchers": {},
+}
+
+
+def make_dataset(**changes: Any) -> Json:
+    fields: Json = {
+        "processed_dataset_id": "dataset_1",
+        "dataset_type": "messages",
+        "rows": 30,
+        "rows_uploaded": 30,
+        "duplicates_dropped": 0,
+    }
+    return fields | {"splits": {"train": 27, "eval": 3}, "images": 0, "has_tools": False, "has_weights": False} | changes
+
+
+class TrainingService:
+    """A service that answers the requests of one training."""
+
+    def __init__(self, dataset: Json | None = None, problems: list[Problem] | None = None) -> None:
+        self.dataset = dataset or make_dataset()
+        self.problems = problems or []
+        self.requests: list[httpx2.Request] = []
+        self.is_deleted = False
+
+    def create_client(self) -> Client:
+        return Client("http://service", transport=httpx2.MockTransport(self._reply), sleep=lambda _: None)
+
+    @property
+    def called(self) -> list[str]:
+        return [f"{request.method} {request.url.path}" for request in self.requests]
+
+    @property
+    def trained(self) -> Json:
+        """The request of the job."""
+        return json.loads([request for request in self.requests if request.url.path == "/train"][-1].content)
+
+    def _reply(self, request: httpx2.Request) -> httpx2.Response:
+        self.requests.append(request)
+        request.read()
+        match f"{request.method} {request.url.path}":
+            case "POST /train":
+                return self._reply_to_train(json.loads(request.content))
+            case "POST /datasets":
+                return httpx2.Response(201, json=self.dataset)
+            case "GET /datasets/dataset_1" if not self.is_deleted:
+                return httpx2.Response(200, json=self.dataset)
+            case "GET /capabilities":
+                return httpx2.Response(200, json=CAPABILITIES)
+            case "GET /models/gemma-3-270m":
+                return httpx2.Response(200, json={"name": "google/gemma-3-270m"})
+            case "GET /models":
+                return httpx2.Response(200, json={"models": [{"name": "google/gemma-3-270m"}], "store_url": "gs://models"})
+            case _:
+                return error_response(404, [Problem("there is no such path")])
+
+    def _reply_to_train(self, body: Json) -> httpx2.Response:
+        problems = list(self.problems)
+        if body.get("processed_dataset_id") != "dataset_1":
+            problems.insert(0, Problem("no such dataset", param="processed_dataset_id"))
+        return error_response(400, problems) if problems else httpx2.Response(201, json={"job_id": JOB_ID})
+
+
+def error_response(status: int, problems: list[Problem]) -> httpx2.Response:
+    errors = [{"message": problem.message, "hint": problem.hint, "param": problem.param} for problem in problems]
+    return httpx2.Response(status, json={"error": {"code": "not_found", **errors[0], "errors": errors}})
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path / "home"))
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ROW) + "\n")
+    return file
+
+
+def run_train(service: TrainingService, *words: object, environment: dict[str, str] | None = None) -> Result:
+    variables = {"HF_TOKEN": None, "WANDB_API_KEY": None} | (environment or {})
+    return CliRunner().invoke(app, ["train", *map(str, words)], env=variables, obj=service.create_client)
+
+
+def test_rows_become_a_job(rows: Path) -> None:
+    service = TrainingService()
+    done = run_train(service, rows, "--base", "gemma-3-270m", "--epochs", 2, "--lr", "1e-4", "--rank", 8, "--detach")
+    assert (done.exit_code, done.stdout.strip()) == (0, JOB_ID), done.output
+    assert service.called == ["GET /models/gemma-3-270m", "POST /train", "POST /datasets", "GET /capabilities", "POST /train"]
+    assert service.trained == {
+        "processed_dataset_id": "dataset_1",
+        "job_name": "rows",
+        "training_config": {
+            "base_model_id": "google/gemma-3-270m",
+            "trainer_type": "sft",
+            "hyperparameters": {"epochs": 2, "learning_rate": 1e-4, "lora_rank": 8},
+            "export_config": {"include_gguf": True, "gguf_quantization": "q8_0"},
+        },
+    }
+    assert "30 rows of messages: 27 to train on, 3 held out" in done.stderr
+
+
+def test_same_rows_are_not_uploaded_again(rows: Path) -> None:
+    service = TrainingService()
+    for _ in range(2):
+        run_train(service, rows, "--base", "a/b", "--detach")
+    assert service.called.count("POST /datasets") == 1
+    service.is_deleted = True
+    run_train(service, rows, "--base", "a/b", "--detach")
+    assert service.called.count("POST /datasets") == 2
+    rows.write_text(json.dumps(ROW) + "\n\n")
+    run_train(service, rows, "--base", "a/b", "--detach")
+    assert service.called.count("POST /datasets") == 3
+
+
+def test_everything_wrong_is_told_before_rows_are_uploaded(rows: Path) -> None:
+    wrong = [Problem("is negative", param="training_config.hyperparameters.learning_rate"), Problem("is unknown", param="base")]
+    service = TrainingService(problems=wrong)
+    done = run_train(service, rows, "--base", "a/b", "--lr", "-1", "--detach")
+    assert isinstance(done.exception, CliError)
+    assert list(done.exception.problems) == wrong
+    assert "POST /datasets" not in service.called
+
+
+def test_missing_base_lists_what_is_there(rows: Path) -> None:
+    done = run_train(TrainingService(), rows, "--detach")
+    assert isinstance(done.exception, CliError)
+    assert (done.exception.param, "google/gemma-3-270m" in done.exception.hint) == ("base_model_id", True)
+
+
+def test_json_prints_one_document(rows: Path) -> None:
+    done = run_train(TrainingService(), rows, "--base", "a/b", "--json")
+    assert (done.stdout, done.stderr) == (json.dumps({"job_id": JOB_ID}, separators=(",", ":")) + "\n", "")
+
+
+def test_dataset_id_is_an_argument(rows: Path) -> None:
+    service = TrainingService(make_dataset(dataset_type="preference"))
+    done = run_train(service, "dataset_1", "--base", "a/b", "--detach")
+    assert service.trained["training_config"]["trainer_type"] == "dpo"
+    assert "trainer dpo, for rows of preference; --trainer orpo would use them too" in done.stderr
+
+
+def test_images_are_trained_as_vision_without_gguf(rows: Path) -> None:
+    service = TrainingService(make_dataset(images=3))
+    run_train(service, rows, "--base", "a/b", "--detach")
+    config = service.trained["training_config"]
+    assert (config["modality"], "export_config" in config) == ("vision", False)
+
+
+def test_options_override_a_request_file_and_set_overrides_both(rows: Path, tmp_path: Path) -> None:
+    file = tmp_path / "request.yaml"
+    file.write_text(
+        "learning_rate: 3\nhyperparameters: {learning_rate: 1e-4, epochs: 2, max_seq_length: 64}\nexport_config: {format: merged}"
+    )
+    words = ["--dataset", "dataset_1", "--base", "a/b", "--epochs", 5, "--gguf", "q4_k_m", "--no-imatrix", "--merged-dtype", "fp16"]
+    words += ["--set", "project_id=p", "--set", "training_config.learning_rate=null", "--set", "hyperparameters.max_seq_length=1e2"]
+    words += ["--metadata", "team=search", "--hf-public", "--to-hub", "ada/x"]
+    service = TrainingService()
+    assert run_train(service, file, *words).exit_code == 0
+    assert service.trained == {
+        "processed_dataset_id": "dataset_1",
+        "project_id": "p",
+        "metadata": {"team": "search"},
+        "training_config": {
+            "learning_rate": None,
+            "base_model_id": "a/b",
+            "hyperparameters": {"learning_rate": 1e-4, "epochs": 5, "max_seq_length": 100.0},
+            "export_config": {
+                "format": "merged",
+                "include_gguf": True,
+                "gguf_quantization": ["q4_k_m"],
+                "gguf_imatrix": False,
+                "merged_dtype": "fp16",
+                "destination": "hfhub",
+                "hf_repo_id": "ada/x",
+                "hf_private": False,
+            },
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "config"),
+    [
+        ([], None),
+        (["--wandb-project", "tides"], {"api_key": "k", "project": "tides"}),
+        (["--set", "wandb_config.mode=offline"], {"mode": "offline"}),
+        (["--wandb-api-key", "typed"], {"api_key": "typed"}),
+    ],
+)
+def test_wandb_key_of_the_environment_is_used_if_wandb_is_asked_for(rows: Path, words: list[str], config: Json | None) -> None:
+    service = TrainingService()
+    run_train(service, "dataset_1", "--base", "a/b", *words, environment={"WANDB_API_KEY": "k"})
+    assert service.trained["training_config"].get("wandb_config") == config
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty"),
+        (b"\n \n", "has blank lines only"),
+        (b"PAR1\x15", "is a Parquet file"),
+        (b"PK\x03\x04..", "is an Excel or zip file"),
+        (b'[{"text": "a"}]', "is one JSON array"),
+        (b"prompt,completion\n", "has a first line that is not JSON"),
+        ('{"text": "é"}'.encode("latin-1"), "is not text in UTF-8"),
+        (b'"text"', "has a first line that is not a JSON object"),
+    ],
+)
+def test_file_that_holds_no_rows_is_refused_here(tmp_path: Path, content: bytes, reason: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(CliError, match=reason) as excinfo:
+        check_rows_file(file)
+    assert excinfo.value.param == str(file)
+
+
+@pytest.mark.parametrize(
+    ("row", "trainer"),
+    [
+        (ROW, "sft"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "dpo"),
+        ({"prompt": "a", "completion": "b", "label": True}, "kto"),
+    ],
+)
+def test_trainer_is_guessed_from_the_first_row(tmp_path: Path, row: Json, trainer: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf\n" + json.dumps(row).encode())
+    assert check_rows_file(file).trainer_type == trainer
+
+
+@pytest.mark.parametrize(
+    ("content", "is_request"), [('{"base_model_id": "a/b"}', True), (json.dumps(ROW), False), ('{"text": "a"}\n{"text": "b"}', False)]
+)
+def test_json_file_is_a_request_or_rows(rows: Path, tmp_path: Path, content: str, is_request: bool) -> None:
+    file = tmp_path / "given.json"
+    file.write_text(content)
+    service = TrainingService()
+    run_train(service, file, "--base", "a/b", "--set", "processed_dataset_id=dataset_1" if is_request else "project_id=p", "--detach")
+    assert ("POST /datasets" not in service.called) == is_request
+    assert service.trained["processed_dataset_id"] == "dataset_1"
+
+
+def test_first_row_may_be_longer_than_what_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": "a" * 2_000_000}))
+    assert check_rows_file(file).first_row == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("rows.jsn", "did you mean"), ("nothing.jsonl", ""), (".", "--base")], ids=["misspelled", "missing", "folder"]
+)
+def test_source_that_is_no_file_is_refused(rows: Path, name: str, reason: str) -> None:
+    done = run_train(TrainingService(), rows.parent / name, "--base", "a/b")
+    assert isinstance(done.exception, CliError)
+    assert reason in done.exception.hint
+
+
+def test_folder_as_base_is_imported_first(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "my model").mkdir()
+    python = tmp_path / "venvs/llm/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/bin/sh\necho "$@" >> {arguments}\necho \'{{"model": {{"name": "local/my-model"}}}}\'\n'.format(arguments=tmp_path / "arguments")
+    )
+    python.chmod(0o755)
+    service = TrainingService()
+    environment = {"TUNESMITH_LOCAL_VENVS": str(tmp_path / "venvs")}
+    done = run_train(service, rows, "--base", tmp_path / "my model", "--detach", environment=environment)
+    assert done.exit_code == 0, done.output
+    assert "import local/my-model --folder" in (tmp_path / "arguments").read_text()
+    assert service.trained["training_config"]["base_model_id"] == "local/my-model"
+
+
+def test_missing_folder_as_base_is_an_error(rows: Path) -> None:
+    done = run_train(TrainingService(), rows, "--base", "./nothing", "--detach")
+    assert isinstance(done.exception, CliError)
+    assert "there is no folder" in done.exception.message
+
+
+@pytest.mark.parametrize(
+    ("dataset_type", "config", "reason"),
+    [("prompt", {}, "with graders"), ("images", {}, "no trainer here")],
+)
+def test_trainer_that_is_not_obvious_is_an_error(dataset_type: str, config: Json, reason: str) -> None:
+    with pytest.raises(CliError, match=reason):
+        choose_trainer(dataset_type, config, CAPABILITIES)
+
+
+def test_graders_make_prompts_trainable() -> None:
+    assert choose_trainer("prompt", {"reward_config": [{}]}, CAPABILITIES).name == "grpo"
+
+
+def test_dropped_duplicates_and_few_rows_are_told() -> None:
+    one = make_dataset(rows=1, rows_uploaded=50, duplicates_dropped=49, splits={"train": 1})
+    assert describe_rows(one) == "1 rows of messages: 1 to train on, none held out; 49 duplicates dropped"
+    assert "only 1 different row of 50 in the file" in (find_row_warning(one) or "")
+    assert find_row_warning(make_dataset()) is None
+
+
+def test_job_of_a_detached_training_is_not_described(rows: Path) -> None:
+    service = TrainingService()
+    run_train(service, "dataset_1", "--base", "a/b")
+    assert f"GET /jobs/{JOB_ID}" not in service.called
