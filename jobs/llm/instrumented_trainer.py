@@ -20,7 +20,7 @@ from jobs.llm.distributed import (
     shard_training_steps,
 )
 from jobs.llm.eva import initialize_from_activations
-from jobs.llm.evaluate import evaluate_step
+from jobs.llm.evaluate import base_is_due, evaluate_base_during_training, evaluate_step
 from jobs.llm.fsdp import (
     FullStateDict,
     gather_full_state,
@@ -288,6 +288,8 @@ class TrainingControlCallback:
         session.training.context.report_progress(self._progress())
         # At the end of an epoch the evaluation comes first, and on_epoch_end sets the flags.
         if topology.is_main_process and not (state.epoch.is_integer() or session.control.is_done):
+            if topology.world_size == 1 and base_is_due(session.task, session.training, self.trainer.model):
+                self._evaluate_base()
             self._set_control_flags(control, epoch_ended=False)
         sync_control_flags(topology, control)
 
@@ -325,6 +327,12 @@ class TrainingControlCallback:
         }
         values |= {"tokens_per_second": tokens_per_second} | read_memory_metrics() | system_metrics(context.workdir)
         context.log_metrics(state.global_step, values, epoch=state.epoch, notes=notes, progress=self._progress())
+
+    def _evaluate_base(self) -> None:
+        session, started_at = self.session, time.monotonic()
+        evaluate_base_during_training(session.task, session.training, self.trainer, session.control)
+        session.training.context.report_progress(self._progress())
+        self.last_logged_at += time.monotonic() - started_at  # not a part of the training's speed
 
     def _progress(self) -> Progress:
         state, session = self.trainer.state, self.session

@@ -1,6 +1,6 @@
 """What a trainer returns for the exporters: local files and measurements."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,4 +63,5 @@ class TrainedModel:
     user_prompts: tuple[UserPrompt, ...] = ()  # of text rows; every exported file must ask them as in training
     calibration: tuple[tuple[int, ...], ...] = ()  # token ids of training rows, for the importance matrix
     step: int | None = None  # the optimizer step of these weights
+    tokenizer: Any = field(default=None, repr=False, compare=False)  # the one in `folder`, where the training has it in memory
     cuda: str | None = None  # the CUDA version that torch was built for

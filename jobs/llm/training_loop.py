@@ -20,7 +20,7 @@ from jobs.llm.distributed import SINGLE_PROCESS, ProcessTopology
 from jobs.llm.earlier_model import attach_original_base
 from jobs.llm.evaluate import evaluate_after_training, evaluate_before_training, has_evaluation_data
 from jobs.llm.exporters.model_files import PROCESSOR_FILES, copy_files
-from jobs.llm.exporters.preflight import check_export_plan
+from jobs.llm.exporters.preflight import start_export_check
 from jobs.llm.fsdp import gather_weights, serve_shards, unsharded_evaluation
 from jobs.llm.hardware import choose_torch_compile
 from jobs.llm.instrumented_trainer import build_instrumented_trainer
@@ -34,6 +34,7 @@ from jobs.llm.remote_code import forbid_remote_code
 from jobs.llm.trained_model import HeldOutExample, TrainedModel
 from jobs.llm.training_context import TrainingContext, TrainingTask
 from jobs.llm.worker_pool import WorkerArgs, join_process_group, null_context, worker_pool
+from jobs.runtime.background_task import BackgroundTask
 from jobs.runtime.early_stopping import EarlyStoppingPolicy
 from jobs.runtime.errors import failure_of
 from jobs.runtime.remaining_time import PlannedPhase
@@ -71,11 +72,11 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
 
     context, hyperparameters = training.context, training.config.hyperparameters
     user_prompts = make_user_prompts(training)
-    check_export_plan(training, user_prompts)
+    export_check = start_export_check(training, user_prompts)
     context.log_decision(
         "learning_rate", f"{hyperparameters.learning_rate:g}", "set in the request, or the default of the trainer type and method"
     )
-    outcome = _load_checkpoint_for_export(task, training) if context.spec.export_of else _train_with_oom_retry(task, training)
+    outcome = _load_checkpoint_for_export(task, training) if context.spec.export_of else _train_with_oom_retry(task, training, export_check)
     control, metrics, full_weights = outcome.control, outcome.metrics, outcome.full_weights
     if full_weights is None:  # a sharded model was loaded and evaluated while the workers ran
         best = _find_best_checkpoint(training, control)
@@ -110,6 +111,7 @@ def run_training(task: TrainingTask, training: TrainingContext) -> TrainedModel:
         train_runtime_s=state.train_s,
         calibration=tuple(tuple(row.input_ids) for row in islice(task.train_examples, CALIBRATION_ROWS)),
         step=control.published_step,
+        tokenizer=training.tokenizer,
         cuda=torch.version.cuda,
     )
     return attach_original_base(trained, context)
@@ -130,7 +132,7 @@ def _load_checkpoint_for_export(task: TrainingTask, training: TrainingContext) -
     return TrainingOutcome(build_instrumented_trainer(task, training, checkpoint.folder, control), control)
 
 
-def _train_with_oom_retry(task: TrainingTask, training: TrainingContext) -> TrainingOutcome:
+def _train_with_oom_retry(task: TrainingTask, training: TrainingContext, export_check: BackgroundTask[None] | None) -> TrainingOutcome:
     """Train. When memory runs out, continue with less (oom.py); when several processes cannot start, train in one."""
     context, config = training.context, training.config
     total_steps = _total_steps(task, training)
@@ -146,6 +148,7 @@ def _train_with_oom_retry(task: TrainingTask, training: TrainingContext) -> Trai
         training = replace(training, device_config=device_config)
         context.state.base_metrics = context.state.base_metrics or state.base_metrics
         control = _make_training_control(task, training, state, total_steps)
+        control.background_check = export_check
         world_size = resolve_world_size(training, plan.batch_config, task.examples_per_epoch, slots)
         sharded = resolve_sharding(training, needs.with_batch(plan.batch_config), world_size)
         try:
@@ -244,7 +247,7 @@ def _train_rank_zero(
     context = training.context
     trainer = build_instrumented_trainer(task, training, checkpoint, control, topology)
     with unsharded_evaluation(topology, trainer.model):
-        evaluate_before_training(task, training, checkpoint, trainer, control)
+        evaluate_before_training(task, training, checkpoint, trainer, control, may_defer=topology.world_size == 1)
     _plan_phases(task, training, control)
     context.enter_phase("training")
     trained_weights_bytes = sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)

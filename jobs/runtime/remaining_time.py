@@ -41,6 +41,11 @@ class RemainingTime:
         """Set the phases that follow the current one, in their order. A phase may come twice."""
         self._plan = (self._plan[0], tuple(phases))
 
+    @property
+    def planned(self) -> tuple[PlannedPhase, ...]:
+        """The phases that follow the current one."""
+        return self._plan[1]
+
     def estimate(self, phase: Phase, seconds: float) -> None:
         """Set how long the next planned phase of this name takes. Does nothing if none is planned."""
         current, later = self._plan

@@ -7,11 +7,11 @@ use it.
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pydantic import JsonValue
 
+from jobs.runtime.background_task import BackgroundTask
 from jobs.runtime.checkpoints import CheckpointInfo
 from jobs.runtime.context import JobContext
 from jobs.runtime.disk_full import write_folder
@@ -46,6 +46,7 @@ class TrainingControl:
         self.tokens_seen = state.tokens_seen
         self.stop_reason: StopReason | None = None  # why it stops before it is done
         self.checkpoint_bytes = 0  # an estimate
+        self.background_check: BackgroundTask[None] | None = None  # its failure stops the training, before anything is saved
         self.evaluation_interval: int | None = None  # steps between the evaluations during the training; None: there are none
         self.steps_between_saves = 1  # only multiples of it are saved, except the last step
         self.logged_metrics_buffer = dict(state.logged_metrics_buffer)  # what the library collected since it last logged
@@ -136,6 +137,8 @@ class TrainingControl:
     def on_step_end(self, step: int, loss: float) -> None:
         """An optimizer step ended with `loss` in nats per label. Raises Stopped if canceled, JobFailed if the loss is not finite."""
         self._context.check_stop()
+        if self.background_check is not None and self.background_check.is_done:
+            self._finish_background_check()
         self.step = step
         self._timer.end_step()
         if not math.isfinite(loss):
@@ -185,9 +188,17 @@ class TrainingControl:
             self._context.log_decision("early_stopping", f"step {self.step}", reason)
         return metrics
 
-    def time_evaluation(self) -> AbstractContextManager[None]:
-        """Inside, the base is evaluated: later evaluations are expected to take as long."""
-        return self._timer.time_evaluation()
+    def evaluate_base(self, evaluate_fn: Callable[[Callable[[], None]], EvalMetrics]) -> None:
+        """Evaluate the base, before the first step or later. If the training must stop first, it stays to be done.
+
+        `evaluate_fn` gets a function as in `evaluate`.
+        """
+        try:
+            with self._timer.pause_for_evaluation():
+                metrics = evaluate_fn(self._raise_if_stopping)
+        except EvaluationInterrupted:
+            return
+        self._context.log_evaluation("before", 0, metrics)
 
     def save(self, folder: Path, epoch: float, write_files: Callable[[], object]) -> None:
         """Let `write_files` fill the folder and submit it for upload. On a full disk the checkpoint is skipped. No step is saved twice."""
@@ -198,6 +209,7 @@ class TrainingControl:
 
         if self._saved_step == self.step:
             return
+        self._finish_background_check()
         checkpoints = self._context.checkpoints
         self._timer.begin_save()
         if not write_folder(folder, write_files_and_state, checkpoints.prune_local):
@@ -236,6 +248,12 @@ class TrainingControl:
         if self._saved_step is not None and upload_s:
             return steps_s + timer.save_s + upload_s
         return steps_s + max(estimate_save_s(self.checkpoint_bytes), timer.save_s)
+
+    def _finish_background_check(self) -> None:
+        """Wait for the check that runs beside the first steps. Raises what it raises."""
+        if self.background_check is not None:
+            self.background_check.wait()
+            self.background_check = None
 
     def _raise_if_stopping(self) -> None:
         if self.should_stop():

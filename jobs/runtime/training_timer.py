@@ -39,6 +39,16 @@ class TrainingTimer:
         self.longest_step_s = max(self.longest_step_s, self._clock() - self._step_started_at)
 
     @contextmanager
+    def pause_for_evaluation(self) -> Generator[None]:
+        """Inside, another model is evaluated, which is no part of the training and its time."""
+        started_at = self._clock()
+        try:
+            yield
+            self.evaluation_s = self._clock() - started_at
+        finally:
+            self._started_at += self._clock() - started_at
+
+    @contextmanager
     def time_evaluation(self) -> Generator[None]:
         """Inside, the model is evaluated. An evaluation that raises is not counted as one."""
         started_at = self._clock()

@@ -17,7 +17,7 @@ COMPILE_S = 300.0
 COMPILE_SAVED_FRACTION = 0.15
 
 # Larger batches cost less per generated token, and need memory for the keys and values of every prompt.
-MIN_BATCH_PROMPTS, MAX_BATCH_PROMPTS, MAX_BATCH_TOKENS = 8, 32, 16_384
+MIN_BATCH_PROMPTS, MAX_BATCH_PROMPTS, MAX_BATCH_TOKENS = 8, 64, 16_384
 
 ONNX_MAX_PARAMETERS = 1_500_000_000  # 6 GB of float32, and 30 GB during tracing, which takes five times the weights
 COMPARISON_MEMORY_FACTOR = 1.5  # of the weights, to compute with them: half as much again for the activations and the logits

@@ -15,7 +15,7 @@ from jobs.llm.chat_format import ChatFormat
 from jobs.llm.data.tokenize import RowTokenizer
 from jobs.llm.data.user_prompts import iter_user_prompts, make_user_prompts
 from jobs.llm.exporters import export_all
-from jobs.llm.exporters.preflight import check_export_plan
+from jobs.llm.exporters.preflight import start_export_check
 from jobs.llm.exporters.user_path import GgufQuestions, find_gguf_problem, find_mismatch
 from jobs.llm.llama_cpp import list_convertible_architectures
 from jobs.llm.llama_cpp.vocabulary import AskedPrompt, VocabularyReport
@@ -215,7 +215,9 @@ def test_converter_table_is_read_without_importing_it() -> None:
 
 
 def try_export_plan(training: TrainingContext) -> None:
-    check_export_plan(training, make_user_prompts(training))
+    check = start_export_check(training, make_user_prompts(training))
+    if check is not None:
+        check.wait()
 
 
 def turn(role: str, content: str) -> dict[str, Any]:

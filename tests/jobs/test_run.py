@@ -145,7 +145,7 @@ def test_attempt_trains_exports_and_reports_result(start: Start, service: FakeSe
     assert all("/attempt-1/" in artifact.key for artifact in result.artifacts)
     # Only the service knows which attempt counts, so only the service writes the manifest.
     assert not (process.store / manifest_key(process.job_id)).exists()
-    assert phases(service)[:4] == ["downloading", "tokenizing", "evaluating", "training"]
+    assert phases(service)[:4] == ["downloading", "tokenizing", "training", "evaluating"]
     assert {"metrics", "evaluation", "decision", "artifact", "tracker", "checkpoint_saved"} <= {
         reported["event"]["type"] for reported in service.events
     }

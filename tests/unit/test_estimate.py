@@ -63,8 +63,8 @@ def test_other_rules_are_unchanged() -> None:
     assert estimate_comparison_bytes(200) == 300.0
 
 
-@pytest.mark.parametrize(("train_batch", "longest", "expected"), [(1, 20, 32), (1, 4000, 8), (1, 1000, 15), (64, 20, 64), (16, 4000, 16)])
-def test_generation_batch_is_unchanged(train_batch: int, longest: int, expected: int) -> None:
+@pytest.mark.parametrize(("train_batch", "longest", "expected"), [(1, 20, 64), (1, 4000, 8), (1, 1000, 15), (64, 20, 64), (16, 4000, 16)])
+def test_generation_batch_is_limited_by_prompts_and_tokens(train_batch: int, longest: int, expected: int) -> None:
     assert limit_generation_batch(train_batch, longest, 64) == expected
 
 

@@ -30,6 +30,18 @@ def evaluation_state(model: Any) -> Iterator[None]:  # any model of transformers
 
 
 @contextmanager
+def without_adapter(model: Any) -> Iterator[None]:  # a model of peft
+    """Inside, the model is its base. Afterwards the same weights are trained as before."""
+    trained = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for weight, requires_grad in trained:
+            weight.requires_grad_(requires_grad)
+
+
+@contextmanager
 def preserve_rng_state() -> Iterator[None]:
     """Restore the random state of Python, numpy and torch afterwards."""
     import numpy

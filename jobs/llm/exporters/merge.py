@@ -35,6 +35,7 @@ from jobs.llm.exporters.tensor_merge import (
 )
 from jobs.llm.llama_cpp.fidelity import TIE_NATS, Comparison, Passage, compare, has_agreement, list_targets
 from jobs.llm.model_kinds import ModelKind
+from jobs.llm.trainable_tokens import patch_trainable_token_embedding
 from jobs.runtime.errors import JobFailed
 from schema.estimate.llm import estimate_comparison_bytes, float32_weights_bytes
 from schema.training.llm_export import MergedDtype
@@ -208,7 +209,9 @@ def _load(merge_spec: MergeSpec, folder: Path, num_labels: int | None = None) ->
 def _add_adapter(base: "torch.nn.Module", adapter: Path) -> "torch.nn.Module":
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, str(adapter)).eval()  # pyright: ignore[reportArgumentType]  # any model of transformers
+    adapted = PeftModel.from_pretrained(base, str(adapter)).eval()  # pyright: ignore[reportArgumentType]  # any model of transformers
+    patch_trainable_token_embedding(adapted)
+    return adapted
 
 
 def _answer(merge_spec: MergeSpec, model: "torch.nn.Module") -> GreedyAnswer:

@@ -57,10 +57,10 @@ class ExportWorkspace:
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The trained model's tokenizer. Gemma's takes three seconds to load."""
+        """The trained model's tokenizer, which is loaded unless the training has it: Gemma's takes three seconds."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.trained.folder, trust_remote_code=False, local_files_only=True)
+        return self.trained.tokenizer or AutoTokenizer.from_pretrained(self.trained.folder, trust_remote_code=False, local_files_only=True)
 
     @cached_property
     def text_examples(self) -> "tuple[HeldOutExample, ...]":
