@@ -89,10 +89,14 @@ def revoke_key(
 
 
 def open_in_browser(
-    context: typer.Context, print_only: Annotated[bool, typer.Option("--print", help="Print the link instead of opening it.")] = False
+    context: typer.Context,
+    print_only: Annotated[bool, typer.Option("--print", help="Print the link instead of opening it.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Log this machine's browser in, and open the service in it. The link works once, for a minute."""
     with create_client(context) as client:
         answer = client.post("/login-codes")
-    if print_only or not webbrowser.open(answer["url"]):
+    if as_json:
+        print_json(answer)
+    elif print_only or not webbrowser.open(answer["url"]):
         print(answer["url"])

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import typer
 
 from cli.connection import Connection
@@ -52,7 +53,7 @@ def stop(context: typer.Context, as_json: JsonOption = False) -> None:
     """Stop the service of TUNESMITH_HOME. Running attempts are saved, and continue when a service starts again."""
     settings = Settings.from_environment()
     pid = settings.service_pid
-    if pid is None:
+    if pid is None or not _is_service(pid):
         raise CliError(f"no service runs in {settings.home_folder}", "`tunesmith serve` starts one")
     unfinished = _count_unfinished(context)
     os.kill(pid, signal.SIGINT)
@@ -64,6 +65,14 @@ def stop(context: typer.Context, as_json: JsonOption = False) -> None:
     jobs = "1 unfinished job continues" if unfinished == 1 else f"{unfinished} unfinished jobs continue"
     continued = f"; {jobs} at its next start" if unfinished else ""
     print_answer({"stopped": True, "pid": pid, "unfinished_jobs": unfinished}, as_json, f"stopped{continued}")
+
+
+def _is_service(pid: int) -> bool:
+    """Whether the process is a service: after a crash, another process may have the number that the service wrote down."""
+    try:
+        return "service" in psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
 
 
 def _count_unfinished(context: typer.Context) -> int | None:

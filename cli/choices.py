@@ -1,5 +1,6 @@
 """What `train` chooses where a request leaves it open, and how it says what applies."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,10 @@ from urllib.parse import quote
 from cli.errors import ApiError, CliError
 from cli.http_client import Client, Json
 from cli.job_names import find_job_id
+from cli.settings import Settings
 
 JOB_PREFIX = "job:"
+LOCAL_OWNER = "local"  # of models that were imported from a folder
 # The trainer type for rows that several types train, or that need more than rows.
 USUAL_TRAINERS = {"messages": "sft", "prompt_completion": "sft", "text": "sft", "preference": "dpo", "unpaired_preference": "kto"}
 NEEDS_GRADERS = "prompt"
@@ -48,19 +51,16 @@ def choose_default_exports(training_config: Json, capabilities: Json) -> Json | 
     return None
 
 
-def resolve_base(client: Client, base: str) -> str:
+def resolve_base(client: Client, base: str, settings: Settings) -> str:
     """The full name of a base: a short name of a stored model, the name of an earlier job after `job:`, or a name as it is.
 
+    A folder of this machine is imported first, under its own name.
     A name that the service does not know stays as it is: submitting the job tells what is wrong with it, with everything else.
     """
     if base.startswith(JOB_PREFIX):
         return JOB_PREFIX + find_job_id(client, base.removeprefix(JOB_PREFIX))
-    if base.startswith(("./", "../", "/", "~")) or Path(base).is_dir():
-        raise CliError(
-            f"{base} is a folder, and a job starts from a model in the store",
-            f"tunesmith models import {base} --name owner/name, then --base owner/name",
-            param="base_model_id",
-        )
+    if base.startswith(("./", "../", "/", "~")) or base in (".", "..") or Path(base).is_dir():
+        return _import_base(client, Path(base).expanduser().absolute(), settings)
     if "/" in base:
         return base
     try:
@@ -69,6 +69,15 @@ def resolve_base(client: Client, base: str) -> str:
         if error.status in (400, 404, 422):
             return base
         raise
+
+
+def _import_base(client: Client, folder: Path, settings: Settings) -> str:
+    if not folder.is_dir():
+        raise CliError(f"there is no folder {folder}", "`tunesmith models list` shows the models in the store", param="base_model_id")
+    from cli.models import import_folder  # only this case needs it
+
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "model"
+    return import_folder(settings, client, folder, f"{LOCAL_OWNER}/{name}")
 
 
 def describe_choices(job: Json) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The HTTP client of the command line: retries, idempotency keys, event streams and verified downloads."""
+"""The HTTP client of the command line: retries, idempotency keys and event streams."""
 
 import json
 import time
@@ -13,7 +13,6 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if
 from cli.errors import ApiError, Problem
 from cli.text import clean_strings, clean_text
 
-CHUNK_BYTES = 1 << 20
 TIMEOUT = httpx2.Timeout(30.0, read=300.0)  # the service validates every row of an upload before it responds
 MAX_TRIES = 4  # over a few seconds, which covers a restart of the service
 MAX_WATCH_TRIES = 20  # about a minute: `watch` runs for hours and should survive an outage

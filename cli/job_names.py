@@ -9,7 +9,8 @@ from cli.http_client import Client, Json
 
 LAST = "@last"
 FULL_ID = re.compile(r"training_(.+_)?[0-9a-f]{12}")
-MAX_MATCHES = 20  # listed for a person to choose from
+MAX_FOUND = 200  # among which a name may be one of many that contain it
+MAX_LISTED = 20  # for a person to choose from
 NEAR_NAMES = 50  # of the newest jobs, among which a misspelled name is looked for
 
 
@@ -25,7 +26,7 @@ def find_job_id(client: Client, job: str) -> str:
     words = job.removeprefix("…").removeprefix("...")
     if not words:
         raise CliError("the job's id is empty", "`tunesmith jobs` lists them", exit_code=2)
-    rows: list[Json] = client.get("/jobs", search=words, limit=MAX_MATCHES)["jobs"]
+    rows: list[Json] = client.get("/jobs", search=words, limit=MAX_FOUND)["jobs"]
     matches = [row for row in rows if row["job_id"].endswith(words) or row["job_name"].casefold() == words.casefold()]
     if len(matches) == 1:
         return matches[0]["job_id"]
@@ -59,10 +60,11 @@ def _list_jobs(rows: list[Json]) -> str:
     """A line per job to choose from: as much of the end of its id as tells the jobs apart, name, status and age."""
     length = next(size for size in range(4, 200) if len({row["job_id"][-size:] for row in rows}) == len(rows))
     now = datetime.now(UTC)
-    return "\n".join(
+    lines = [
         f"  {shorten_job_id(row['job_id'], length)}  {row['job_name']}  {row['status']}, {format_age(row['created_at'], now)} ago"
-        for row in rows
-    )
+        for row in rows[:MAX_LISTED]
+    ]
+    return "\n".join([*lines, *([f"  and {len(rows) - MAX_LISTED} older ones"] if len(rows) > MAX_LISTED else [])])
 
 
 def _suggest(words: str, rows: list[Json]) -> str:

@@ -59,7 +59,7 @@ def list_jobs(
         while all_pages and page["next_cursor"]:
             page = _join_pages(page, client.get("/jobs", **query, cursor=page["next_cursor"]))
     print_answer(page, as_json, job_table(page["jobs"], now=now, width=out.width, with_short_ids=out.is_terminal))
-    if counts and not as_json:
+    if "counts" in page and not as_json:  # a service of an earlier version counts nothing
         out.print(count_line(page["counts"]), highlight=False)
     print_next_cursor(page, as_json)
 

@@ -5,6 +5,7 @@ A command's module is imported when that command runs, so that a quick command d
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -155,7 +156,8 @@ def _report(error: CliError, as_json: bool) -> int:
     from cli.output import print_error
 
     if error.message:
-        print_error(error, as_json)
+        with suppress(BrokenPipeError):
+            print_error(error, as_json)
     return error.exit_code
 
 

@@ -13,6 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from cli.completion import complete_bases
 from cli.errors import CliError
 from cli.http_client import Client, Json
 from cli.options import HfTokenOption, JsonOption, create_client
@@ -32,7 +33,12 @@ HUB_ANSWERS = {
     "unknown": "unknown: the Hub does not answer",
 }
 
-NameArgument = Annotated[str, typer.Argument(help="Name of a model, such as google/gemma-3-270m; the last part is enough if it is unique.")]
+NameArgument = Annotated[
+    str,
+    typer.Argument(
+        autocompletion=complete_bases, help="Name of a model, such as google/gemma-3-270m; the last part is enough if it is unique."
+    ),
+]
 FullNameArgument = Annotated[str, typer.Argument(help="Name of the model as the Hub writes it: owner/name.")]
 ReplaceOption = Annotated[bool, typer.Option("--replace", help="Replace a model of the same name.")]
 

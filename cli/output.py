@@ -8,10 +8,11 @@ import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
 
-from cli.errors import ApiError, CliError, Problem
+from cli.errors import CliError, Problem
 from cli.hints import get_option, translate_hint
 from cli.http_client import Json
 
+ID_FIELDS = ("job_id", "processed_dataset_id", "key_id")
 UNWRAPPED_WIDTH = 1_000_000  # in a pipe or a file, wrapped lines would break scripts
 
 
@@ -62,7 +63,7 @@ def _localize(problem: Problem, options: frozenset[str]) -> Problem:
 
 def _get_label(param: str | None, error: CliError) -> str:
     """` learning_rate (--lr):`, the field and its option. The id of an unknown job or dataset is in the message already."""
-    if param is None or (isinstance(error, ApiError) and error.code == "not_found"):
+    if param is None or (error.code == "not_found" and param in ID_FIELDS):
         return ""
     option = get_option(param, error.options)
     name = param.removeprefix("training_config.").removeprefix("hyperparameters.")

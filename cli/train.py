@@ -24,7 +24,6 @@ from cli.export_options import (
     build_export_config,
 )
 from cli.http_client import Client, Json
-from cli.job_names import shorten_job_id
 from cli.job_secrets import SecretOption
 from cli.options import EvalFractionOption, HfTokenOption, JsonOption, MaxCostOption, MaxGpuSecondsOption, MetadataOption, create_client
 from cli.output import err, print_answer
@@ -34,6 +33,8 @@ from cli.settings import Settings
 from cli.watch import watch_job
 
 REQUEST_SUFFIXES = (".yaml", ".yml")
+MAX_REQUEST_BYTES = 2_000_000  # YAML is slow to read, and a chat template is the longest field
+ROW_FIELDS = {"messages", "prompt", "text"}  # every row has one of them
 DATASET_PREFIX = "dataset_"
 NOT_UPLOADED = "dataset_not_uploaded_yet"  # no dataset has this id
 
@@ -157,7 +158,7 @@ def train(
     should_watch = (bool(given.rows) or sys.stdout.isatty()) and not as_json if should_watch is None else should_watch
     ensure_service(context, settings)
     with create_client(context) as client:
-        _resolve_base(client, request["training_config"])
+        _resolve_base(client, request["training_config"], settings)
         if given.rows:
             options = UploadOptions(eval_fraction=eval_fraction, project=request.get("project_id"))
             request.setdefault("job_name", given.rows.path.stem[:128])
@@ -173,8 +174,6 @@ def train(
                 err.print(line, style="dim", highlight=False, soft_wrap=True)
         if should_watch:
             watch_job(client, job_id, as_json)
-            if not as_json:
-                _print_next_commands(client.get(f"/jobs/{job_id}"))
 
 
 @dataclass(frozen=True)
@@ -204,25 +203,27 @@ def _read_source(source: str | None) -> Source:
 
 
 def _is_request(path: Path) -> bool:
-    """Whether a JSON file is one object: rows are several, or an array."""
+    """Whether a JSON file is one object that is no row."""
+    if path.stat().st_size > MAX_REQUEST_BYTES:
+        return False
     try:
-        load_request_file(path)
+        return not ROW_FIELDS & load_request_file(path).keys()
     except CliError:
         return False
-    return True
 
 
 def _add_wandb_key(training_config: Json, key: SecretOption) -> None:
     """Add the key if W&B is asked for: by options, or by a request that has no key of its own."""
-    config: object = training_config.get("wandb_config")
-    if key.value and (key.is_typed or isinstance(config, dict)):
-        training_config["wandb_config"] = {"api_key": key.value, **(config if isinstance(config, dict) else {})}
+    config: Json | None = training_config.get("wandb_config")
+    is_asked_for = isinstance(config, dict) and config.get("mode") != "offline"
+    if key.value and (key.is_typed or is_asked_for):
+        training_config["wandb_config"] = {"api_key": key.value, **(config or {})}
 
 
-def _resolve_base(client: Client, training_config: Json) -> None:
+def _resolve_base(client: Client, training_config: Json, settings: Settings) -> None:
     base: object = training_config.get("base_model_id")
     if isinstance(base, str):
-        training_config["base_model_id"] = resolve_base(client, base)
+        training_config["base_model_id"] = resolve_base(client, base, settings)
     elif base is None:
         models: list[Json] = client.get("/models")["models"]
         names = ", ".join(model["name"] for model in models)
@@ -275,10 +276,3 @@ def _complete_request(client: Client, request: Json, dataset: Json) -> None:
         training_config["modality"] = "vision"
     if "export_config" not in training_config and (exports := choose_default_exports(training_config, capabilities)):
         training_config["export_config"] = exports
-
-
-def _print_next_commands(job: Json) -> None:
-    short = shorten_job_id(job["job_id"]).removeprefix("…")
-    has_gguf = any(artifact["kind"] == "gguf" for artifact in job["artifacts"])
-    chat = f"tunesmith chat {short}   " if has_gguf else ""
-    err.print(f"next: {chat}tunesmith download {short}", highlight=False, soft_wrap=True)

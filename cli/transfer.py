@@ -12,7 +12,7 @@ import httpx2
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from cli.errors import ApiError, CliError
-from cli.http_client import CHUNK_BYTES, MAX_RETRY_AFTER_S, TIMEOUT, Client, Json
+from cli.http_client import MAX_RETRY_AFTER_S, TIMEOUT, Client, Json
 from cli.output import err
 
 MAX_TRIES = 5  # in a row without a byte: over half a minute, enough for a service to restart
@@ -76,7 +76,8 @@ class Downloader:
         if others and not overwrite:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise CliError(f"{others[0]}{more} exists with other content", "--overwrite replaces it, --to names another folder")
-        with Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn(), console=err, transient=True) as bar:
+        columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
             for file in wanted:
                 if file["path"] not in kept:
                     task = bar.add_task(targets[file["path"]].name, total=file["size_bytes"])
@@ -151,7 +152,7 @@ class _Fetch:
             is_rest = response.status_code == HTTPStatus.PARTIAL_CONTENT
             arrived = start if is_rest else 0
             with self._part.open("ab" if is_rest else "wb") as out:
-                for chunk in response.iter_bytes(CHUNK_BYTES):
+                for chunk in response.iter_bytes():  # as they arrive: what waited for a full chunk would be lost with the connection
                     out.write(chunk)
                     arrived += len(chunk)
                     report(arrived)

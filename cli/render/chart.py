@@ -1,6 +1,5 @@
 """Draws the loss of a training as lines of text: the training loss in braille dots, evaluations as diamonds."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -9,8 +8,9 @@ from rich.text import Text
 DOTS_ACROSS, DOTS_DOWN = 2, 4  # of a braille character
 BRAILLE = 0x2800
 DOT_BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # by row and column, as Unicode numbers them
-LABEL_WIDTH = 9  # of the numbers beside the vertical axis
+LABEL_WIDTH = 10  # of the numbers beside the vertical axis
 MIN_WIDTH, MIN_HEIGHT = 30, 3  # a smaller chart says nothing
+MAX_LOSS = 1e100  # a larger one is a failure, as is what is not a number
 MAX_POINTS = 4000  # several for every dot of a wide terminal
 
 
@@ -23,14 +23,14 @@ class LossCurve:
 
     def add_loss(self, step: int, loss: float | None) -> None:
         """Record the training loss of a step, unless it is not a number."""
-        if loss is not None and math.isfinite(loss):
+        if loss is not None and abs(loss) < MAX_LOSS:
             self.training[step] = loss
             if len(self.training) > MAX_POINTS:
                 self.training = _halve(self.training)
 
     def add_evaluation(self, step: int, loss: float | None) -> None:
         """Record the loss on the held-out rows, unless it is not a number."""
-        if loss is not None and math.isfinite(loss):
+        if loss is not None and abs(loss) < MAX_LOSS:
             self.evaluations[step] = loss
 
     def restart_after(self, step: int) -> None:

@@ -37,6 +37,7 @@ class WatchState:
     progress: Json | None = None
     progress_at: float = 0.0  # when the progress was received, in seconds of a monotonic clock
     learning_rate: float | None = None
+    saved_step: int | None = None
     pending_reason: str | None = None
     cost: Json | None = None
 
@@ -51,6 +52,8 @@ class WatchState:
                 return replace(self, phase=body["phase"])
             case "progress":
                 return replace(self, phase=body["phase"])._at(body["progress"], now)
+            case "checkpoint_saved":
+                return replace(self, saved_step=body["step"])
             case "metrics":
                 state = replace(self, learning_rate=body["values"].get("learning_rate", self.learning_rate))
                 progress: Json | None = body["progress"]
@@ -127,6 +130,8 @@ def _describe(state: WatchState, now: float) -> list[str]:
         facts.append(f"loss {format_loss(state.loss)}")
     if state.status in ("preparing", "training") and (left := format_time_left(state.progress, now - state.progress_at)):
         facts.append(left)
+    if state.saved_step is not None:
+        facts.append(f"saved step {state.saved_step}")
     if state.cost and (cost := format_cost(state.cost)):
         facts.append(cost)
     return facts

@@ -46,25 +46,28 @@ class StepPace:
 
 
 class WatchView:
-    """Prints the events of a job. Its methods may be called from several threads."""
+    """Prints the events of a job, and draws its panel.
+
+    One thread shows events, others may call `render` and `update`. The lock is never held while something is printed: the thread that
+    draws the panel holds the console while it waits for `render`.
+    """
 
     def __init__(self, console: Console, job: Json, *, is_live: bool) -> None:
-        """`is_live` says that a panel is drawn, which shows the steps."""
+        """`is_live` says that a panel is drawn, which shows the steps, phases and checkpoints."""
         title = f"{shorten_job_id(job['job_id'])}  {job['job_name']}  {job['base_model_id']}"
         self._console = console
         self._is_live = is_live
-        self._state = WatchState(job["job_id"], title, status=job["status"], cost=job["cost"])
-        self._curve = LossCurve()
         self._samples = SampleBook()
         self._pace = StepPace()
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # of the next two
+        self._state = WatchState(job["job_id"], title, status=job["status"], cost=job["cost"])
+        self._curve = LossCurve()
         self.update(job)
 
     def render(self, now: float) -> RenderableType:
         """The panel at `now`, in seconds of a monotonic clock."""
+        (width, height), has_unicode = self._console.size, self._has_unicode
         with self._lock:
-            width, height = self._console.size
-            has_unicode = self._console.encoding.startswith("utf")
             return render_watch(self._state, self._curve, width=width, height=height, now=now, has_unicode=has_unicode)
 
     def show(self, event: Json, now: float, wall_time_s: float) -> None:
@@ -72,34 +75,18 @@ class WatchView:
         with self._lock:
             record_losses(self._curve, event)
             self._state = self._state.apply(event, now)
-            body = event["event"]
-            match body["type"]:
-                case "progress":
-                    self._print_step(body["progress"], wall_time_s, is_live=True)
-                case "metrics":
-                    self._print_step(body["progress"], datetime.fromisoformat(event["at"]).timestamp(), is_live=False)
-                case "phase":
-                    self._print_phase()
-                case "samples":
-                    if body["when"] != "after":  # these are compared with the base's once the evaluation is complete
-                        self._print_all(*render_samples(self._samples, body, self._console))
-                    self._samples = self._samples.add(body)
-                case "status" if body["status"] == "preparing":
-                    self._pace.restart()
-                case _:
-                    pass
-            if line := event_line(event):
-                self.print(line)
-            if body["type"] == "evaluation" and body["when"] == "after":
-                self._print_all(*render_comparison(self._samples, self._console))
+        if not self._is_live:
+            self._print_progress(event, wall_time_s)
+        self._print_event(event)
 
     def update(self, job: Json) -> None:
         """Take over what events do not carry: the cost, and why the job is not launched yet. A new reason is printed."""
+        reason: str | None = job["pending_reason"]
         with self._lock:
-            reason: str | None = job["pending_reason"]
-            if reason and reason != self._state.pending_reason:
-                self.print(f"[yellow]waiting[/] {escape(reason)}")
+            is_new = reason != self._state.pending_reason
             self._state = replace(self._state, pending_reason=reason, cost=job["cost"])
+        if reason and is_new:
+            self.print(f"[yellow]waiting[/] {escape(reason)}")
 
     def print(self, markup: str) -> None:
         """Print a line above the panel."""
@@ -107,18 +94,45 @@ class WatchView:
 
     def print_chart(self) -> None:
         """Print the losses of the whole training, where a terminal showed them."""
-        if self._is_live and self._console.encoding.startswith("utf"):
+        if self._is_live and self._has_unicode:
             self._print_all(*draw_chart(self._curve, width=min(self._console.width, MAX_CHART_WIDTH), height=CHART_HEIGHT))
+
+    @property
+    def _has_unicode(self) -> bool:
+        return self._console.encoding.startswith("utf")
+
+    def _print_event(self, event: Json) -> None:
+        """Print what stays to be read, and not only moves the panel."""
+        body = event["event"]
+        if body["type"] == "samples":
+            if body["when"] != "after":  # these are compared with the base's once the evaluation is complete
+                self._print_all(*render_samples(self._samples, body, self._console))
+            self._samples = self._samples.add(body)
+        if (line := event_line(event)) and not (self._is_live and body["type"] == "checkpoint_saved"):
+            self.print(line)
+        if body["type"] == "evaluation" and body["when"] == "after":
+            self._print_all(*render_comparison(self._samples, self._console))
+
+    def _print_progress(self, event: Json, wall_time_s: float) -> None:
+        """Print steps and phases, which no panel shows."""
+        body = event["event"]
+        match body["type"]:
+            case "progress":
+                self._print_step(body["progress"], wall_time_s, is_live=True)
+            case "metrics":
+                self._print_step(body["progress"], datetime.fromisoformat(event["at"]).timestamp(), is_live=False)
+            case "phase" if body["phase"] != "training":  # which the status says
+                left = format_time_left(self._state.progress)
+                self.print(f"[dim]{escape(humanize(body['phase']))}[/]" + (f", {left}" if left else ""))
+            case "status" if body["status"] == "preparing":
+                self._pace.restart()
+            case _:
+                pass
+
+    def _print_step(self, progress: Json | None, at: float, *, is_live: bool) -> None:
+        if progress and self._pace.is_due(progress, at, is_live=is_live):
+            self.print(step_line(progress, self._state.loss, self._state.learning_rate))
 
     def _print_all(self, *renderables: RenderableType) -> None:
         for renderable in renderables:
             self._console.print(renderable, highlight=False)
-
-    def _print_step(self, progress: Json | None, at: float, *, is_live: bool) -> None:
-        if progress and not self._is_live and self._pace.is_due(progress, at, is_live=is_live):
-            self.print(step_line(progress, self._state.loss, self._state.learning_rate))
-
-    def _print_phase(self) -> None:
-        if not self._is_live and self._state.phase and self._state.phase != self._state.status:
-            left = format_time_left(self._state.progress)
-            self.print(f"[dim]{escape(humanize(self._state.phase))}[/]" + (f", {left}" if left else ""))

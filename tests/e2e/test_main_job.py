@@ -107,7 +107,25 @@ def test_watch_of_finished_job_returns(job: Json, service: Service) -> None:
     assert "completed" in service.run_cli("watch", job["job_id"])
 
 
-def test_unknown_base_model_fails_the_job_with_hint(service: Service) -> None:
+def test_unknown_base_model_is_refused_before_a_job_is_taken(service: Service) -> None:
+    body = {"processed_dataset_id": service.upload(), "training_config": {"base_model_id": "nobody/nothing"}}
+    error = service.http.post("/train", json=body).json()["error"]
+    assert error["param"] == "training_config.base_model_id"
+    assert BASE in error["message"]
+
+
+def test_base_of_a_folder_is_imported_listed_and_removed(service: Service, tiny_gemma: Path) -> None:
+    service.run_cli("models", "import", str(tiny_gemma), "--name", "me/mine")
+    assert service.http.get("/models/mine").json()["source"] == "folder"
+    assert {"me/mine", BASE} <= set(service.run_cli("models", "list").split())
+    service.run_cli("models", "remove", "mine", "--yes")
+    assert service.http.get("/models/me/mine").status_code == 404
+
+
+def test_base_model_without_weights_fails_the_job_with_hint(service: Service) -> None:
+    base = service.home / "objects/pretrained_weights/huggingface/nobody/nothing"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text("{}")
     job = service.wait_until_final(service.train(service.upload(), config={"base_model_id": "nobody/nothing"}))
     assert job["status"] == "failed"
     assert "nobody/nothing" in job["error"]

@@ -66,6 +66,15 @@ def ignore(_: str) -> None:
     """For what is said while a command runs."""
 
 
+def raise_interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def count_downloads(hub: LoopbackHub) -> int:  # noqa: F811
+    """How often the content of a large file was requested."""
+    return sum(request.method == "GET" and request.path.startswith("/lfs/") for request in hub.requests)
+
+
 def list_names(store: ObjectStore, name: str = NAME) -> set[str]:
     return {stored.key.removeprefix(model_prefix(name)) for stored in store.iter_objects(model_prefix(name))}
 
@@ -116,11 +125,15 @@ def test_interrupted_pull_stores_nothing_and_continues(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hub.add_repository(NAME, make_files())
-    monkeypatch.setattr("jobs.llm.bases.hub.store_model", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        pull_model(NAME, store, tmp_path / "work", say=ignore)
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.llm.bases.hub.store_model", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pull_model(NAME, store, tmp_path / "work", say=ignore)
     assert find_model(store, NAME) is None
-    monkeypatch.undo()
+    downloads = count_downloads(hub)
+    assert downloads > 0
+    assert pull_model(NAME, store, tmp_path / "work", say=ignore).parameters == 8
+    assert count_downloads(hub) == downloads, "what was downloaded is not downloaded again"
 
 
 def test_weights_that_differ_from_the_hubs_digest_are_refused(
@@ -171,6 +184,14 @@ def test_import_links_the_files_of_a_folder(store: LocalStore, folder: Path) -> 
     with pytest.raises(JobFailed, match="has a model ada/base already, imported from a folder"):
         import_model(folder, NAME, store, say=ignore)
     assert import_model(folder, NAME, store, replace=True, say=ignore).parameters == 16
+    assert list_names(store) == {*make_files(), MODEL_RECORD}
+
+
+def test_the_stores_own_folder_is_not_imported_over_itself(store: LocalStore, folder: Path) -> None:
+    import_model(folder, NAME, store, say=ignore)
+    own = store.path_for_key(model_prefix(NAME) + "config.json").parent
+    with pytest.raises(JobFailed, match="the model store's own folder"):
+        import_model(own, NAME, store, replace=True, say=ignore)
     assert list_names(store) == {*make_files(), MODEL_RECORD}
 
 

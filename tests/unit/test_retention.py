@@ -66,6 +66,9 @@ def test_published_checkpoint_of_a_completed_job_is_kept_without_its_optimizer(h
     [kept] = list_checkpoints(harness.objects, harness.find_job(job))
     assert [file.path for file in kept.checkpoint.files] == ["model.safetensors", "tunesmith.json"]
     assert (pruned.deleted_steps, pruned.kept_step) == ((10, 30), 20)
+    shown = harness.find_job(job).checkpoint
+    assert shown is not None
+    assert shown.step == 20
     assert pruned.freed_bytes > 3 * len(FILES["optimizer.pt"])
     assert harness.jobs.retention.prune(PRINCIPAL, job.job_id).freed_bytes == 0, "nothing is left to free"
     assert harness.jobs.exports.reexport(PRINCIPAL, job.job_id, make_reexport_request()).export_of
@@ -77,6 +80,16 @@ def test_newest_checkpoint_of_a_failed_job_is_kept_whole(harness: JobsHarness) -
     [kept] = list_checkpoints(harness.objects, harness.find_job(job))
     assert [file.path for file in kept.checkpoint.files] == list(FILES)
     assert harness.jobs.control.retry(PRINCIPAL, job.job_id, RetryRequest.model_validate({})).status is Status.QUEUED
+
+
+def test_checkpoint_of_a_newer_version_is_kept_unless_all_are_to_go(harness: JobsHarness) -> None:
+    job = complete_job(harness)
+    newer = checkpoint_key(checkpoints_prefix(job.job_id, job.project_id), 1, 30)
+    harness.objects.write(newer + MANIFEST, b'{"schema_version": 99}')
+    assert harness.jobs.retention.prune(PRINCIPAL, job.job_id).deleted_steps == (10,)
+    assert harness.objects.stat(newer + "model.safetensors")
+    assert harness.jobs.retention.prune(PRINCIPAL, job.job_id, "none").deleted_steps == (20, 30)
+    assert list_files(harness, job) == []
 
 
 def test_retry_without_any_checkpoint_says_what_happened(harness: JobsHarness) -> None:

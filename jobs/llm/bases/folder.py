@@ -6,8 +6,9 @@ from jobs.llm.base_files import is_base_file
 from jobs.llm.bases.store import Say, check_replaceable, find_model, store_model
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.files import sha256_of
-from schema.models import ModelRecord
+from schema.models import CONFIG_FILE, ModelRecord, model_prefix
 from storage import ObjectStore
+from storage.file import LocalStore
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -18,6 +19,8 @@ def import_model(folder: Path, name: str, store: ObjectStore, *, replace: bool =
     if not folder.is_dir():
         raise JobFailed("invalid_config", f"no folder at {folder}", "give the folder that has the model's config.json")
     _check_kind(folder)
+    if isinstance(store, LocalStore) and folder.resolve() == store.path_for_key(model_prefix(name) + CONFIG_FILE).parent.resolve():
+        raise JobFailed("invalid_config", f"{folder} is the model store's own folder of {name}", "jobs can use the model as it is")
     stored = find_model(store, name)
     if stored is not None and stored.source == "folder" and _has_same_files(folder, stored):
         say(f"{name} is in the model store already, with the same files")

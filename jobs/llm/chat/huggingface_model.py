@@ -4,6 +4,8 @@ Torch, transformers and peft are imported inside the functions that use them.
 """
 
 import json
+import logging
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -193,6 +195,7 @@ def open_folder(folder: Path, template: str | None = None) -> Generator[HuggingF
 @contextmanager
 def open_adapter(adapter: Path, base: Path) -> Generator[tuple[HuggingFaceChatModel, HuggingFaceChatModel]]:
     """Load a base once, and its adapter; yields the two as models, the base first. Raises InvalidModel."""
+    _silence_libraries()
     from peft import PeftModel
 
     with TemporaryDirectory(prefix="tunesmith-chat-") as scratch:
@@ -223,8 +226,7 @@ def _load(folder: Path, scratch: Path) -> tuple[Any, "PreTrainedTokenizerBase"]:
     """The model in a folder, with what names code left out of its configs, and its tokenizer. Raises InvalidModel."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    _silence_libraries()
     kind = _find_kind(folder)
     try:
         checked = copy_base_files(folder, scratch / "model", str(folder))
@@ -238,6 +240,16 @@ def _load(folder: Path, scratch: Path) -> tuple[Any, "PreTrainedTokenizerBase"]:
     model.to(_choose_device())
     model.eval()
     return model, _load_tokenizer(checked)
+
+
+def _silence_libraries() -> None:
+    """Leave the terminal to the conversation: these libraries report progress, advice and deprecations on stderr."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # which peft imports
+    warnings.filterwarnings("ignore", module="(transformers|peft|torch|bitsandbytes)")
 
 
 def _find_kind(folder: Path) -> ModelKind:

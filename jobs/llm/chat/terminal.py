@@ -38,6 +38,10 @@ class TerminalChat:
             while True:
                 try:
                     line = input("> ")
+                    was_interrupted = False
+                    if line.strip() == "/exit":
+                        return 0
+                    self._take(line)
                 except EOFError:
                     print()
                     return 0
@@ -47,14 +51,12 @@ class TerminalChat:
                         return 0
                     was_interrupted = True
                     _say("Ctrl-C again, Ctrl-D or /exit leaves")
-                    continue
-                was_interrupted = False
-                if line.strip() == "/exit":
-                    return 0
-                if line.startswith("/"):
-                    self._obey(line)
-                elif line.strip():
-                    self._answer(line.strip())
+
+    def _take(self, line: str) -> None:
+        if line.startswith("/"):
+            self._obey(line)
+        elif line.strip():
+            self._answer(line.strip())
 
     def _print_banner(self) -> None:
         _say(f"{self._title} ({self._describe()})")

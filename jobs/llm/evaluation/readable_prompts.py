@@ -41,7 +41,9 @@ def make_readable(prompts: Sequence[str], chat_format: "ChatFormat", tokenizer: 
 def read_turns(pieces: TurnPieces, text: str) -> list[Turn] | None:
     """The conversation that a template wrote as `text`, without a BOS token and up to the answer; None if it wrote something else."""
     endings = [ending for ending in (pieces.answer_start, pieces.before["user", "assistant"]) if ending and text.endswith(ending)]
-    possible = [first for first in FIRST_ROLES if (FIRST, first) in pieces.before and text.startswith(pieces.before[FIRST, first])]
+    possible: list[Role] = [
+        first for first in FIRST_ROLES if (FIRST, first) in pieces.before and text.startswith(pieces.before[FIRST, first])
+    ]
     if not endings or not possible:
         return None
     role = possible[0]

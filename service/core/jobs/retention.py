@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from schema.checkpoint import MANIFEST, checkpoints_prefix
-from schema.job import CheckpointDeletion, Job, Status
+from schema.job import CheckpointDeletion, CheckpointRef, Job, Status
 from service.core.errors import Conflict, TunesmithError
 from service.core.jobs.checkpoints import StoredCheckpoint, list_checkpoints
 from service.core.jobs.orphans import JOB_KEY_PATTERN
@@ -123,7 +123,8 @@ class CheckpointRetention:
         if job.finished_at > finished_before or _is_pruned(job, listed) or self._find_export(job):
             return 0
         freed_bytes = self._delete(job, self._plan(job, listed, "published")).freed_bytes
-        log.info("checkpoints pruned", extra={"job_id": job_id, "freed_bytes": freed_bytes})
+        if freed_bytes:
+            log.info("checkpoints pruned", extra={"job_id": job_id, "freed_bytes": freed_bytes})
         return freed_bytes
 
     def _check_unused(self, job: Job) -> None:
@@ -146,17 +147,21 @@ class CheckpointRetention:
         return None
 
     def _plan(self, job: Job, listed: Sequence[StoredObject], keep: Keep) -> _Plan:
-        kept = choose_kept(job, list_checkpoints(self._models, job)) if keep == "published" else None
         folders = _group_by_checkpoint(job, listed)
-        files: list[StoredObject] = []
-        if kept is not None:
-            surplus = _surplus_files(job)
-            files = [stored for stored in folders.pop(kept.key, []) if stored.key.removeprefix(kept.key) in surplus]
-        return _Plan(kept, folders, files)
+        if keep == "none":
+            return _Plan(None, folders)
+        readable = list_checkpoints(self._models, job, min_attempt=1)
+        kept = choose_kept(job, [stored for stored in readable if stored.checkpoint.attempt >= job.resume_from_attempt])
+        known = {stored.key for stored in readable}
+        # A manifest that cannot be read may be of a newer version of Tunesmith, which can.
+        whole = {key: objects for key, objects in folders.items() if key in known or not _has_manifest(key, objects)}
+        surplus = _surplus_files(job)
+        files = [stored for stored in whole.pop(kept.key, []) if stored.key.removeprefix(kept.key) in surplus] if kept else []
+        return _Plan(kept, whole, files)
 
     def _delete(self, job: Job, plan: _Plan) -> Pruned:
         if plan.folders:  # noted first, so that a record never promises what is gone
-            self._repository.change(job.job_id, lambda job, now: _note_deletion(job, now, plan.kept_step))
+            self._repository.change(job.job_id, lambda job, now: _note_deletion(job, now, plan.kept))
         for key, objects in plan.folders.items():
             self._models.delete(key + MANIFEST)
             map_concurrently(self._models.delete, [stored.key for stored in objects])
@@ -208,13 +213,20 @@ def _group_by_checkpoint(job: Job, listed: Sequence[StoredObject]) -> dict[str, 
     return folders
 
 
+def _has_manifest(folder: str, objects: Sequence[StoredObject]) -> bool:
+    return any(stored.key == folder + MANIFEST for stored in objects)
+
+
 def _parse_step(folder: str) -> int:
     digits = folder.rstrip("/").rpartition("-")[2]
     return int(digits) if digits.isdecimal() else 0
 
 
-def _note_deletion(job: Job, now: datetime, kept_step: int | None) -> Job:
+def _note_deletion(job: Job, now: datetime, kept: StoredCheckpoint | None) -> Job:
     """Raises Conflict for a job that was retried meanwhile."""
     if not job.status.is_final:
         raise Conflict(f"{job.job_id} is {job.status} again; nothing was deleted")
-    return job.model_copy(update={"checkpoints_deleted": CheckpointDeletion(at=now, kept_step=kept_step), "updated_at": now})
+    checkpoint = kept.checkpoint if kept else None
+    newest = CheckpointRef(step=checkpoint.step, attempt=checkpoint.attempt, at=checkpoint.created_at) if checkpoint else None
+    deletion = CheckpointDeletion(at=now, kept_step=checkpoint.step if checkpoint else None)
+    return job.model_copy(update={"checkpoints_deleted": deletion, "checkpoint": newest, "updated_at": now})

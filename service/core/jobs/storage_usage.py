@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from schema.checkpoint import checkpoints_prefix
 from schema.job import Status
 from schema.models import MODELS_PREFIX
+from service.core.job_lists import JobSummary
 from service.core.jobs.deletion import Deletion
 from service.core.jobs.orphans import JOB_FOLDERS
 from service.core.jobs.repository import JobRepository
 from service.core.launchers import LauncherPool
-from service.core.ports import Buckets, JobQuery, JobSummary, LogMeter
+from service.core.ports import Buckets, JobQuery, LogMeter
 from service.core.principals import Principal, Scope
 from storage import ObjectStore, map_concurrently
 from storage.deadline import remaining_s

@@ -13,7 +13,6 @@ from cli.main import COMMANDS as COMMAND_TABLE
 SOURCE = Path(__file__).parents[3]
 ROUTE = re.compile(r"(?:GET|POST|PUT|PATCH|DELETE) /")
 DESCRIBING = {"description", "summary"}  # keyword arguments with text for the API's documentation
-PENDING = ("models", "du", "prune")
 ALL_OPTIONS = frozenset(OPTIONS.values())
 # Named by settings and problems of a deployment, which its operator solves over HTTP.
 FOR_OPERATORS = "/internal/"
@@ -57,12 +56,12 @@ def test_advice_becomes_a_command(text: str) -> None:
     translated = translate_hint(text)
     assert not ROUTE.search(translated)
     for name in re.findall(r"`tunesmith (\w+)", translated):
-        assert name in {*COMMAND_TABLE, *PENDING}
+        assert name in COMMAND_TABLE
 
 
 @pytest.mark.parametrize("command", COMMANDS.values())
 def test_commands_of_the_table_exist(command: str) -> None:
-    assert command == "docs/api.md" or command.split()[1].strip("`") in {*COMMAND_TABLE, *PENDING}
+    assert command == "docs/api.md" or command.split()[1].strip("`") in COMMAND_TABLE
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_end_of_an_id_and_a_name_are_found(job: str) -> None:
     service = FakeService(make_page(make_row(), make_row("training_ffffffffffff", "tides of March")))
     assert find_job_id(service.client, job) == JOB_ID
     [request] = service.requests
-    assert dict(request.url.params) == {"search": job.lstrip("….").strip(), "limit": "20"}
+    assert dict(request.url.params) == {"search": job.lstrip("….").strip(), "limit": "200"}
 
 
 def test_last_is_the_newest_job_of_the_caller() -> None:
@@ -52,6 +52,14 @@ def test_several_matches_are_listed_apart() -> None:
     assert "'tides' means 2 jobs:" in excinfo.value.message
     assert "…789ab  tides  completed, " in excinfo.value.message
     assert "…589ab  tides  failed, " in excinfo.value.message
+
+
+def test_list_of_many_matches_is_cut() -> None:
+    rows = [make_row(f"training_{number:012x}") for number in range(30)]
+    with pytest.raises(CliError, match="means 30 jobs") as excinfo:
+        find_job_id(FakeService(make_page(*rows)).client, "tides")
+    assert len(excinfo.value.message.splitlines()) == 22
+    assert excinfo.value.message.endswith("  and 10 older ones")
 
 
 def test_part_of_a_name_is_only_suggested() -> None:

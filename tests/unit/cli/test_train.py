@@ -77,7 +77,7 @@ class TrainingService:
             case "GET /models/gemma-3-270m":
                 return httpx2.Response(200, json={"name": "google/gemma-3-270m"})
             case "GET /models":
-                return httpx2.Response(200, json={"models": [{"name": "google/gemma-3-270m"}]})
+                return httpx2.Response(200, json={"models": [{"name": "google/gemma-3-270m"}], "store_url": "gs://models"})
             case _:
                 return error_response(404, [Problem("there is no such path")])
 
@@ -208,7 +208,7 @@ def test_options_override_a_request_file_and_set_overrides_both(rows: Path, tmp_
     [
         ([], None),
         (["--wandb-project", "tides"], {"api_key": "k", "project": "tides"}),
-        (["--set", "wandb_config.mode=offline"], {"api_key": "k", "mode": "offline"}),
+        (["--set", "wandb_config.mode=offline"], {"mode": "offline"}),
         (["--wandb-api-key", "typed"], {"api_key": "typed"}),
     ],
 )
@@ -253,6 +253,18 @@ def test_trainer_is_guessed_from_the_first_row(tmp_path: Path, row: Json, traine
     assert check_rows_file(file).trainer_type == trainer
 
 
+@pytest.mark.parametrize(
+    ("content", "is_request"), [('{"base_model_id": "a/b"}', True), (json.dumps(ROW), False), ('{"text": "a"}\n{"text": "b"}', False)]
+)
+def test_json_file_is_a_request_or_rows(rows: Path, tmp_path: Path, content: str, is_request: bool) -> None:
+    file = tmp_path / "given.json"
+    file.write_text(content)
+    service = TrainingService()
+    run_train(service, file, "--base", "a/b", "--set", "processed_dataset_id=dataset_1" if is_request else "project_id=p", "--detach")
+    assert ("POST /datasets" not in service.called) == is_request
+    assert service.trained["processed_dataset_id"] == "dataset_1"
+
+
 def test_first_row_may_be_longer_than_what_is_read(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"text": "a" * 2_000_000}))
@@ -268,10 +280,26 @@ def test_source_that_is_no_file_is_refused(rows: Path, name: str, reason: str) -
     assert reason in done.exception.hint
 
 
-def test_folder_as_base_names_the_import(rows: Path) -> None:
-    done = run_train(TrainingService(), rows, "--base", rows.parent, "--detach")
+def test_folder_as_base_is_imported_first(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "my model").mkdir()
+    python = tmp_path / "venvs/llm/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/bin/sh\necho "$@" >> {arguments}\necho \'{{"model": {{"name": "local/my-model"}}}}\'\n'.format(arguments=tmp_path / "arguments")
+    )
+    python.chmod(0o755)
+    service = TrainingService()
+    environment = {"TUNESMITH_LOCAL_VENVS": str(tmp_path / "venvs")}
+    done = run_train(service, rows, "--base", tmp_path / "my model", "--detach", environment=environment)
+    assert done.exit_code == 0, done.output
+    assert "import local/my-model --folder" in (tmp_path / "arguments").read_text()
+    assert service.trained["training_config"]["base_model_id"] == "local/my-model"
+
+
+def test_missing_folder_as_base_is_an_error(rows: Path) -> None:
+    done = run_train(TrainingService(), rows, "--base", "./nothing", "--detach")
     assert isinstance(done.exception, CliError)
-    assert "tunesmith models import" in done.exception.hint
+    assert "there is no folder" in done.exception.message
 
 
 @pytest.mark.parametrize(

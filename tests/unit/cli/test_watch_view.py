@@ -1,6 +1,8 @@
 """What a job that is being watched looks like: step lines, the panel, samples and the chart."""
 
+import io
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -295,6 +297,34 @@ def test_loss_of_an_earlier_attempt_comes_from_its_metrics() -> None:
     assert WatchState("training_1").apply(event, 6.0).loss == 2.0
 
 
+def test_saved_checkpoints_move_the_panel_and_are_lines_elsewhere() -> None:
+    saved = {"type": "checkpoint_saved", "step": 40, "size_bytes": 1_200_000, "reason": "interval"}
+    terminal, pipe = Viewer(80, is_terminal=True, height=10), Viewer()
+    terminal.show(**saved)
+    pipe.show(**saved)
+    assert (terminal.lines, pipe.lines) == ([], ["saved step 40 (1.2 MB, interval)"])
+    assert "saved step 40" in terminal.panel()
+
+
+def test_panel_can_be_drawn_by_another_thread_while_an_event_is_printed() -> None:
+    viewer = Viewer(80, is_terminal=True)
+    finished: list[bool] = []
+
+    class Output(io.StringIO):
+        def write(self, text: str) -> int:
+            thread = threading.Thread(target=viewer.view.render, args=(0.0,), daemon=True)
+            thread.start()
+            thread.join(5)
+            finished.append(not thread.is_alive())
+            return super().write(text)
+
+    viewer.console.file = Output()
+    viewer.show(type="warning", message="m")
+    viewer.view.update(make_job_json(pending_reason="no quota"))
+    assert finished
+    assert all(finished)
+
+
 # --- chart -----------------------------------------------------------------------------------------------------------
 
 
@@ -314,12 +344,12 @@ def make_curve(losses: dict[int, float], evaluations: dict[int, float] | None = 
 def test_chart_is_drawn_with_axes_and_evaluations() -> None:
     curve = make_curve({step: 2.0 / step for step in range(1, 17)}, {0: 2.0, 16: 0.25})
     assert draw(curve, 50) == [
-        "        2 ┤◆ ⠈⢇⡀                                  ",
-        "          │    ⠣⡄                                 ",
-        "     1.06 ┤     ⠑⠤⣀⡀                              ",
-        "    0.125 ┤        ⠈⠉⠉⠒⠒⠒⠒⠒⠤⠤⠤⠤⠤⠤⠤⠤⠤⢄⣀⣀⣀⣀⣀⣀⣀⣀⣀⣀⣀⣀◆",
-        "          └───────────────────────────────────────",
-        "           0        training, ◆ held-out        16",
+        "         2 ┤◆ ⠈⢧                                  ",
+        "           │   ⠈⢧                                 ",
+        "      1.06 ┤    ⠈⠒⠤⣀⡀                             ",
+        "     0.125 ┤        ⠈⠉⠉⠒⠒⠒⠒⠢⠤⠤⠤⠤⠤⠤⠤⠤⠤⣀⣀⣀⣀⣀⣀⣀⣀⣀⣀⣀⣀◆",
+        "           └──────────────────────────────────────",
+        "            0       training, ◆ held-out        16",
     ]
 
 
@@ -356,19 +386,19 @@ def test_no_spike_is_lost_in_a_long_training() -> None:
     curve = make_curve({step: 9.0 if step == 4_321 else 1.0 for step in range(20_000)})
     assert len(curve.training) <= MAX_POINTS
     assert (max(curve.training.values()), min(curve.training.values())) == (9.0, 1.0)
-    assert draw(curve)[0].startswith("        9 ┤")
+    assert draw(curve)[0].startswith("         9 ┤")
 
 
 @given(
-    st.dictionaries(st.integers(0, 10**6), st.floats(-1e6, 1e6), min_size=2),
-    st.dictionaries(st.integers(0, 10**6), st.floats(-1e6, 1e6)),
+    st.dictionaries(st.integers(0, 10**6), st.floats(), min_size=2),
+    st.dictionaries(st.integers(0, 10**6), st.floats()),
     st.integers(30, 140),
     st.integers(3, 30),
 )
 def test_any_curve_can_be_drawn(losses: dict[int, float], evaluations: dict[int, float], width: int, height: int) -> None:
     lines = draw(make_curve(losses, evaluations), width, height)
-    assert len(lines) == height + 2
-    assert {len(line) for line in lines} == {width}
+    assert len(lines) in (0, height + 2)
+    assert {len(line) for line in lines} <= {width}
 
 
 def test_chart_can_be_exported() -> None:
