@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from schema.checkpoint import checkpoints_prefix
 from schema.job import Status
 from schema.models import MODELS_PREFIX
-from service.core.job_lists import JobSummary
+from service.core.job_lists import JobQuery, JobSummary
 from service.core.jobs.deletion import Deletion
 from service.core.jobs.orphans import JOB_FOLDERS
 from service.core.jobs.repository import JobRepository
 from service.core.launchers import LauncherPool
-from service.core.ports import Buckets, JobQuery, LogMeter
+from service.core.ports import Buckets, LogMeter
 from service.core.principals import Principal, Scope
 from storage import ObjectStore, map_concurrently
 from storage.deadline import remaining_s
@@ -109,8 +109,9 @@ class StorageQueries:
         cursor: str | None = None
         while True:
             page = self._repository.store.list_jobs(JobQuery(tenant_id=tenant_id, limit=PAGE_ROWS, after=cursor))
-            for start in range(0, len(page.rows), JOBS_AT_ONCE):
-                yield page.rows[start : start + JOBS_AT_ONCE]
+            summaries = [row.summary for row in page.rows]
+            for start in range(0, len(summaries), JOBS_AT_ONCE):
+                yield summaries[start : start + JOBS_AT_ONCE]
             cursor = page.next_cursor
             if cursor is None:
                 return
