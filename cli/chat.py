@@ -111,6 +111,8 @@ class _Finder:
         if not compare and choice.artifact["kind"] != "adapter":
             return Session(str(path), title)
         base_name, location = self._locate_base(job["base_model_id"])
+        if compare:
+            _note_original_base(job)
         return Session(str(path), f"{base_name} and {title}" if compare else title, base=location)
 
     def _find_job(self, target: str) -> Json | None:
@@ -138,9 +140,7 @@ class _Finder:
 
     def _find_base_of(self, job: Json, artifact: str | None) -> Session:
         name, location = self._locate_base(job["base_model_id"])
-        earlier = job.get("earlier_model")
-        if earlier:
-            err.print(f"{name} is the original base; the job started from the model of {earlier['job_id']}", highlight=False)
+        _note_original_base(job)
         return Session(location, f"{name}, the base of {job['job_name']}", template_of=self._find_template(job, artifact))
 
     def _find_template(self, job: Json, artifact: str | None) -> Path | None:
@@ -171,6 +171,14 @@ class _Finder:
             raise CliError(f"the base {row['name']} is not in the model store", f"tunesmith models pull {row['name']}")
         store_url: str = self._client.get("/models")["store_url"]
         return row["name"], f"{store_url.rstrip('/')}/{MODELS_PREFIX}{row['name']}"
+
+
+def _note_original_base(job: Json) -> None:
+    """Say that the base is not what the training started from, where an earlier job's model is."""
+    earlier = job.get("earlier_model")
+    if earlier:
+        note = f"{job['base_model_id']} is the original base; the job started from the model of {earlier['job_id']}"
+        err.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 def _run_chat(settings: Settings, arguments: Sequence[str]) -> int:

@@ -101,12 +101,14 @@ class _Fetch:
         """Download until the file is complete; `report` gets the number of bytes that have arrived. Raises CliError."""
         try:
             self._target.parent.mkdir(parents=True, exist_ok=True)
-            continued = self._size() > 0
+            was_continued = self._size() > 0
             self._complete(report)
-            if not self._is_right() and continued:  # what an earlier download left was of another file
+            is_right = self._is_right()
+            if not is_right and was_continued:  # what an earlier download left was of another file
                 self._part.unlink()
                 self._complete(report)
-            if not self._is_right():
+                is_right = self._is_right()
+            if not is_right:
                 self._part.unlink()
                 raise CliError(f"the SHA-256 digest of {self._target.name} does not match", "download it again")
             self._part.replace(self._target)

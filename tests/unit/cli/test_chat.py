@@ -189,6 +189,13 @@ def test_base_of_a_job_is_asked_with_the_template_of_its_model(home: Path, links
     assert [path.name for path in folder.iterdir()] == ["chat_template.jinja"]
 
 
+def test_comparison_says_what_the_training_started_from(home: Path, links: LinkServer) -> None:
+    job = make_job("gguf-q8_0", earlier_model={"job_id": "training_e", "in_adapter": True})
+    replies: list[FakeReply] = [httpx2.Response(200, json=job), answer_links(links, "gguf-q8_0", m__gguf=b"1"), BASE_ROW, MODELS]
+    done, _, _ = run_chat(home, JOB_ID, "--compare", replies=replies)
+    assert done.stderr == f"{BASE} is the original base; the job started from the model of training_e\n"
+
+
 @pytest.mark.parametrize(("name", "replies"), [(BASE, []), ("gemma-3-270m", [NO_JOBS, NO_JOBS, BASE_ROW])])
 def test_base_model_is_found_by_its_name(home: Path, name: str, replies: list[FakeReply]) -> None:
     done, options, _ = run_chat(home, name, replies=[*replies, BASE_ROW, MODELS])
