@@ -107,6 +107,7 @@ def train(
         bool | None,
         typer.Option(
             "--watch/--detach",
+            " /--no-watch",
             help="Follow the job until it ends, or only print its id. Default: follow a job on rows, and any job on a terminal.",
         ),
     ] = None,

@@ -322,7 +322,9 @@ def test_dropped_duplicates_and_few_rows_are_told() -> None:
     assert find_row_warning(make_dataset()) is None
 
 
-def test_job_of_a_detached_training_is_not_described(rows: Path) -> None:
+@pytest.mark.parametrize("words", [["dataset_1"], ["dataset_1", "--no-watch"], ["dataset_1", "--detach"]])
+def test_job_that_is_not_watched_is_not_described(rows: Path, words: list[str]) -> None:
     service = TrainingService()
-    run_train(service, "dataset_1", "--base", "a/b")
+    done = run_train(service, *words, "--base", "a/b")
+    assert done.stdout == f"{JOB_ID}\n"
     assert f"GET /jobs/{JOB_ID}" not in service.called
