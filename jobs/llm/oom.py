@@ -27,7 +27,7 @@ def recover_from_oom(plan: MemoryPlan, step: int, oom_retries: int, *, may_recom
         return replace(plan, batch_config=smaller)
     if may_recompute and not plan.gradient_checkpointing:
         return replace(plan, gradient_checkpointing=True)
-    hint = "lower max_seq_length, use method LoRA, or request hardware with more memory"
+    hint = "lower max_seq_length, use LoRA where the method is Full, or request hardware with more memory"
     if smaller is not None:
         hint = f"start with batch_size {smaller.batch_size} and gradient_accumulation_steps {smaller.gradient_accumulation_steps}, " + hint
     if not plan.gradient_checkpointing:

@@ -49,7 +49,8 @@ class LlmTrainingConfig(BaseTrainingConfig):
     )
     resume_only_files: ClassVar[tuple[str, ...]] = ("optimizer.pt",)  # of a Full training twice the size of the weights
     out_of_memory_hint: ClassVar[str] = (
-        "lower batch_size or max_seq_length (raise gradient_accumulation_steps to keep the effective batch), or use method LoRA"
+        "lower batch_size or max_seq_length (raise gradient_accumulation_steps to keep the effective batch), "
+        "or use LoRA where the method is Full"
     )
     phases: ClassVar[tuple[Phase, ...]] = (
         "downloading",

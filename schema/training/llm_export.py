@@ -23,7 +23,9 @@ class ExportConfig(BaseExportConfig):
         description="One or several. `adapter`: only the LoRA weights. `merged`: a complete model. `onnx`: for ONNX Runtime, small "
         "models. Method Full always produces a complete model.",
     )
-    merged_dtype: MergedDtype | None = Field(None, description="Precision of the merged model. Default: the base model's.")
+    merged_dtype: MergedDtype | None = Field(
+        None, description="Precision of the merged model. Default: the base model's, or a finer one where that rounds off the training."
+    )
     include_gguf: bool = Field(False, description="Also write GGUF files for llama.cpp and Ollama.")
     gguf_quantization: GgufQuantization | list[GgufQuantization] | None = Field(
         None, description="One or several. `none` keeps the merged model's precision. Default with include_gguf: q8_0."

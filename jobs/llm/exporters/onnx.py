@@ -46,7 +46,8 @@ def export(workspace: "ExportWorkspace") -> tuple[ExportedArtifact, ...]:
     check_model_size(workspace.trained.base_folder)
     model, folder = workspace.merged_model, workspace.path("onnx")
     if workspace.model_kind != "causal" or model.reference_log_probs is None:
-        raise JobFailed("invalid_config", "export format onnx supports only models that generate text from text", OTHER_FORMATS_HINT)
+        hint = "use export format merged" if workspace.model_kind == "score" else OTHER_FORMATS_HINT
+        raise JobFailed("invalid_config", "export format onnx supports only models that generate text from text", hint)
     workspace.context.enter_phase("converting")
     try:
         run_module("onnx", ONNX_MODULE, "export", model.folder, folder)

@@ -143,12 +143,12 @@ def check_fidelity(candidate: ExportedFile, response: EvalResponse, answer: Gree
             f"{name}'s predictions differ from the trained model's: they agree on {comparison.argmax_agreement:.1%} of "
             f"{comparison.positions} tokens, mean KL {comparison.mean_kl_to_trained:.4f} nats"
         )
-        raise JobFailed("export_failed", message, _failure_hint(candidate.quantization))
+        raise JobFailed("export_failed", message, _mismatch_hint(candidate))
     # Two tokens' difference may change by twice what one of them may.
     position = answer.find_difference(response.sample_ids, max(TIE_NATS, 2 * comparison.max_difference_nats))
     if position is not None:
         message = f"{name} answers a held-out prompt in other words than the trained model, from token {position + 1} on"
-        raise JobFailed("export_failed", message, _failure_hint(candidate.quantization))
+        raise JobFailed("export_failed", message, _mismatch_hint(candidate))
 
 
 def make_advice(candidate: ExportedFile, comparison: Comparison) -> str:
@@ -181,6 +181,11 @@ def is_closer_to_base(comparison: Comparison) -> bool:
     if comparison.mean_kl_to_base is None or comparison.mean_kl_to_trained < NEGLIGIBLE_KL_NATS:
         return False
     return comparison.mean_kl_to_base < comparison.mean_kl_to_trained
+
+
+def _mismatch_hint(candidate: ExportedFile) -> str:
+    setting = "include_lora_gguf" if candidate.base else "include_gguf"
+    return f"leave {setting} out; please report this with the job's log"
 
 
 def _failure_hint(quantization: GgufQuantization) -> str:
