@@ -21,6 +21,7 @@ BENCHMARKS = (
     "listing",
     "footprint",
     "launch",
+    "waiting",
     "reports",
     "streams",
     "overhead",
