@@ -59,11 +59,11 @@ def print_job(
         if job["failure"]["hint"]:
             console.print(f"  hint: {escape(translate_hint(job['failure']['hint']))}", highlight=False)
     lines = [*(setup_lines(job, datasets) if with_setup else ()), *progress_lines(job), *attempt_lines(job["attempts"])]
-    lines += [*metric_lines(job), *gate_lines(job["gate"]), *tracker_lines(job)]
+    lines += [*metric_lines(job), *gate_lines(job["gate"])]
     lines += [f"{'decided':{LABEL}}{decision_line(decision)}" for decision in decisions]
     for line in lines:
         _print_field(console, line)
-    for line in artifact_lines(job, word):
+    for line in (*tracker_lines(job), *artifact_lines(job, word)):  # with addresses and commands to copy
         console.print(f"  {line}", highlight=False, soft_wrap=True)
     for number, command in enumerate(next_commands(job, word)):
         console.print(f"  {'next step:' if not number else '':10} {command}", highlight=False, soft_wrap=True)

@@ -92,6 +92,14 @@ def test_watch_explains_a_pause_and_how_to_continue() -> None:
     assert f"waiting for `tunesmith resume {JOB_ID}`; Ctrl-C stops watching, not the job" in done.output
 
 
+def test_text_of_a_model_cannot_control_the_terminal() -> None:
+    sample = {"prompt": "\x1b]0;owned\x07", "text": "abc\u202edef\n  \x9b2J"}
+    event = write_event(make_event_json(2, type="samples", when="during", step=1, samples=[sample]))
+    done, _ = run_command("watch", JOB_ID, replies=[JOB, JOB, make_stream(event), reply_with_job(status="completed")])
+    assert "    ␛]0;owned␇\n" in done.output
+    assert "    abc\ufffddef\n      \ufffd2J\n" in done.output
+
+
 def test_progress_has_no_id_to_continue_after() -> None:
     service = FakeService(JOB, make_stream(TRAINING, write_progress(1), end=""), JOB, make_stream(COMPLETED))
     events = list(service.client.stream_events(JOB_ID))
