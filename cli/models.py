@@ -156,8 +156,14 @@ def _run_bases(settings: Settings, arguments: list[str], token: str | None = Non
 
 def _find_unfinished_jobs(client: Client, name: str) -> list[str]:
     """The caller's unfinished jobs with this base."""
-    rows = [row for status in UNFINISHED for row in client.get("/jobs", status=status, limit=200)["jobs"]]
-    return [row["job_id"] for row in rows if row["base_model_id"] == name]
+    found: list[str] = []
+    cursor: str | None = None
+    while True:
+        page = client.get("/jobs", status=list(UNFINISHED), limit=200, cursor=cursor)
+        found += [row["job_id"] for row in page["jobs"] if row["base_model_id"] == name]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            return found
 
 
 def _model_table(models: list[Json]) -> Table:

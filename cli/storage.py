@@ -156,11 +156,10 @@ def format_bytes(size_bytes: int) -> str:
 def _find_prunable_jobs(client: Client, age: timedelta, keep: str) -> dict[str, int]:
     """The ended jobs with checkpoints that can be deleted, and the bytes that this frees."""
     rows = client.get("/storage", limit=MAX_JOBS)["jobs"]
-    candidates = [row["job_id"] for row in rows if row["status"] in FINAL and row["bytes"]["checkpoints"]]
+    ended_before = datetime.now(UTC) - age
+    candidates = [row["job_id"] for row in rows if row["bytes"]["checkpoints"] and _has_ended(row, ended_before)]
     found: dict[str, int] = {}
     for job_id in candidates:
-        if age and not _ended_before(client.get(f"/jobs/{job_id}"), datetime.now(UTC) - age):
-            continue
         try:
             freed_bytes = client.delete(f"/jobs/{job_id}/checkpoints", keep=keep, dry_run="true")["freed_bytes"]
         except ApiError as error:
@@ -173,8 +172,9 @@ def _find_prunable_jobs(client: Client, age: timedelta, keep: str) -> dict[str, 
     return found
 
 
-def _ended_before(job: Json, time: datetime) -> bool:
-    return job["finished_at"] is not None and datetime.fromisoformat(job["finished_at"]) < time
+def _has_ended(row: Json, time: datetime) -> bool:
+    """Whether the job had ended by that time. When is not known of a job that an earlier version listed: then it is long ago."""
+    return row["status"] in FINAL and (row["finished_at"] is None or datetime.fromisoformat(row["finished_at"]) <= time)
 
 
 def _find_copies(client: Client, settings: Settings, *, everything: bool) -> dict[Path, int]:

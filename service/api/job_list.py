@@ -10,10 +10,13 @@ from pydantic import BaseModel, StringConstraints
 
 from schema.base import Id, Timestamp
 from schema.job import Progress, Status
+from schema.training import TRAINER_TYPES
 from schema.types import Phase
 from service.api.dependencies import PrincipalDep
 from service.core.errors import InvalidRequest
 from service.core.job_lists import MIN_ID_ENDING, JobQuery, ListedJob, split_search
+from service.core.problems import Problems
+from service.core.suggestions import did_you_mean
 
 MAX_PAIRS = 16  # as many as a job can have
 MAX_PAIR_CHARS = 600
@@ -85,12 +88,22 @@ async def parse_job_query(
     trainer_type: Annotated[str | None, Query(max_length=40)] = None,
 ) -> JobQuery:
     """The filters of a request; a job must match all of them. Raises InvalidRequest."""
+    problems = Problems()
+    text, pairs = None, ()
+    with problems.collect():
+        text = _parse_search(search)
+    with problems.collect():
+        pairs = _parse_pairs(metadata)
     if created_after and created_before and created_after >= created_before:
-        raise InvalidRequest(
-            f"created_after ({created_after.isoformat()}) is not before created_before ({created_before.isoformat()}), so no job can match",
-            hint="exchange the two, or leave one out",
-            param="created_after",
+        message = (
+            f"created_after ({created_after.isoformat()}) is not before created_before ({created_before.isoformat()}): no job can match"
         )
+        problems.add(InvalidRequest(message, hint="exchange the two, or leave one out", param="created_after"))
+    if trainer_type is not None and trainer_type not in TRAINER_TYPES:
+        known = f"known: {', '.join(TRAINER_TYPES)}"
+        hint = did_you_mean(trainer_type, TRAINER_TYPES, known)
+        problems.add(InvalidRequest(f"there is no trainer_type {trainer_type!r}", hint=hint, param="trainer_type"))
+    problems.raise_found()
     return JobQuery(
         principal.tenant_id,
         limit,
@@ -100,8 +113,8 @@ async def parse_job_query(
         modality=modality,
         trainer_type=trainer_type,
         created_by=principal.subject if created_by == ME else created_by,
-        search=_parse_search(search),
-        metadata=_parse_pairs(metadata),
+        search=text,
+        metadata=pairs,
         created_from=created_after,
         created_before=created_before,
     )
@@ -156,10 +169,13 @@ def _parse_search(search: str | None) -> str | None:
 
 
 def _parse_pairs(pairs: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    problems = Problems()
     parsed: list[tuple[str, str]] = []
     for pair in dict.fromkeys(pairs):
-        found = _PAIR.fullmatch(pair)
-        if not found:
-            raise InvalidRequest(f"metadata {pair!r} is not a pair", hint="write key=value, such as metadata=team=search", param="metadata")
-        parsed.append((found["key"], found["value"]))
+        if found := _PAIR.fullmatch(pair):
+            parsed.append((found["key"], found["value"]))
+        else:
+            hint = "write key=value, such as metadata=team=search"
+            problems.add(InvalidRequest(f"metadata {pair!r} is not a pair", hint=hint, param="metadata"))
+    problems.raise_found()
     return tuple(parsed)

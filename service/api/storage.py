@@ -1,5 +1,6 @@
 """`/storage`, and deleting the checkpoints of a job: what is stored, and freeing what nobody needs any more."""
 
+from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -35,6 +36,7 @@ class JobStorage(BaseModel):
     job_id: str
     job_name: str
     status: Status
+    finished_at: datetime | None
     total_bytes: int
     bytes: JobBytes
 
@@ -70,7 +72,14 @@ def get_storage(
     """Bytes that the caller's datasets and jobs take, by kind and by job."""
     usage = services.jobs.storage.measure(principal)
     jobs = [
-        JobStorage(job_id=job.job_id, job_name=job.job_name, status=job.status, total_bytes=job.stored.total, bytes=_job_bytes(job.stored))
+        JobStorage(
+            job_id=job.job_id,
+            job_name=job.job_name,
+            status=job.status,
+            finished_at=job.finished_at,
+            total_bytes=job.stored.total,
+            bytes=_job_bytes(job.stored),
+        )
         for job in usage.jobs[:limit]
     ]
     return StorageResponse(

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -293,12 +294,11 @@ def test_jobs_are_found_by_every_filter(store: JobStore) -> None:
 
 def test_counts_by_status_follow_the_other_filters(store: JobStore) -> None:
     create_varied_jobs(store)
-    for filters, _ in LIST_FILTERS:
-        query = JobQuery("local", limit=1, after="ignored", **filters)
-        counts = store.count_jobs_by_status(query)
+    for filters, _ in LIST_FILTERS[::3]:
+        counts = store.count_jobs_by_status(JobQuery("local", limit=1, after="ignored", **filters))
+        listed = store.list_jobs(JobQuery("local", **filters | {"statuses": ()}))
         assert counts is not None
-        expected = {status: len(list_all_ids(store, **filters | {"statuses": (status,)})) for status in Status}
-        assert {status: counts.get(status, 0) for status in Status} == expected, filters
+        assert {status: count for status, count in counts.items() if count} == Counter(row.summary.status for row in listed.rows), filters
 
 
 def test_found_job_follows_its_record(store: JobStore) -> None:

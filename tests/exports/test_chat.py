@@ -13,7 +13,8 @@ import pytest
 
 from jobs.llm.chat.conversation import Conversation
 from jobs.llm.chat.gguf_model import open_gguf
-from jobs.llm.chat.model import InvalidPrompt, Message
+from jobs.llm.chat.model import InvalidModel, InvalidPrompt, Message
+from jobs.llm.chat.opening import open_both, open_model, read_template_of
 from jobs.llm.chat.output import Speaker, answer_line
 from jobs.llm.llama_cpp import get_converter_path
 from jobs.llm.llama_cpp.model import token_to_bytes
@@ -116,7 +117,46 @@ def test_prompt_longer_than_context_is_rejected(gguf: Path) -> None:
     assert rejected.stderr.startswith("error: the prompt has")
 
 
+def test_base_answers_beside_a_gguf_file_with_its_template(gguf: Path, tiny_base: Path) -> None:
+    with open_both(gguf, base=tiny_base, threads=1) as (base, tuned):
+        assert base.template == tuned.template == TEMPLATE
+        assert base.tokenize(TURN) == tuned.tokenize(TURN)
+        assert "".join(base.generate(base.tokenize(TURN), 4, 0.0))
+
+
+def test_template_of_a_gguf_file_is_read(gguf: Path, base_gguf: Path) -> None:
+    assert read_template_of(gguf) == TEMPLATE
+    assert read_template_of(base_gguf) is None
+
+
+def test_folder_with_one_gguf_file_is_its_model(gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").hardlink_to(gguf)
+    (tmp_path / "m.Modelfile").write_text("FROM ./m.gguf")
+    with open_model(tmp_path, base=None, template_of=None, threads=1) as model:
+        assert model.tokenize(TURN)
+    (tmp_path / "n.gguf").hardlink_to(gguf)
+    with pytest.raises(InvalidModel, match=r"several GGUF files: name one of m\.gguf, n\.gguf"):
+        open_model(tmp_path, base=None, template_of=None, threads=1).__enter__()
+
+
 # --- tests with an unusable file ---
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "problem"),
+    [("gemma3", "adapter", "is an adapter for the GGUF file"), ("clip", "mmproj", "is the vision part")],
+)
+def test_gguf_file_that_is_a_part_says_so(architecture: str, kind: str, problem: str, tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "part.gguf", architecture)
+    writer.add_type(kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InvalidModel, match=rf"part\.gguf {problem}"), open_gguf(tmp_path / "part.gguf", threads=1):
+        pass
 
 
 def test_unusable_file_gives_one_line_error(gguf: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from jobs.llm.chat.bases import _download, find_path
 from jobs.llm.chat.command_line import main
 from jobs.llm.chat.conversation import Conversation
 from jobs.llm.chat.huggingface_model import HuggingFaceChatModel, open_adapter, open_folder
@@ -206,3 +207,27 @@ def test_lines_of_stdin_are_turns(tuned: Path, type_lines: Callable[..., None], 
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line for line in lines if "done" in line or "error" in line][1]["error"].startswith("a turn is like")
     assert sum("done" in line for line in lines) == 2
+
+
+def test_model_of_a_remote_store_is_downloaded_once(base: Path, tmp_path: Path) -> None:
+    source = tmp_path / "store/tiny/gemma"
+    source.parent.mkdir(parents=True)
+    shutil.copytree(base, source)
+    (source / "pickle.bin").write_bytes(b"never read")
+    target = _download(source.as_uri(), tmp_path / "downloads")
+    assert target == tmp_path / "downloads/tiny/gemma"
+    assert {path.name for path in target.iterdir()} == {path.name for path in base.iterdir()}
+    unchanged = (target / "config.json").stat().st_ino
+    assert (_download(source.as_uri(), tmp_path / "downloads") / "config.json").stat().st_ino == unchanged
+    (source / "config.json").write_text((source / "config.json").read_text() + "\n")
+    assert (_download(source.as_uri(), tmp_path / "downloads") / "config.json").stat().st_ino != unchanged
+    (source / "config.json").unlink()
+    with pytest.raises(InvalidModel, match="the store has no model"):
+        _download(source.as_uri(), tmp_path / "downloads")
+
+
+def test_location_that_is_not_here_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InvalidModel, match="is not on this machine"):
+        find_path((tmp_path / "none").as_uri(), None)
+    with pytest.raises(InvalidModel, match="--downloads names no folder"):
+        find_path("gs://bucket/model", None)

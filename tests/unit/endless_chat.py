@@ -35,4 +35,6 @@ class EndlessModel:
 if __name__ == "__main__":
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that the terminal turns Ctrl-C into a signal
     speakers = [Speaker(label, Conversation(EndlessModel(), 1 << 20, 0.0)) for label in sys.argv[2:] or [""]]
-    sys.exit(TerminalChat(speakers, "the endless model", Path(sys.argv[1])).run())
+    code = TerminalChat(speakers, "the endless model", Path(sys.argv[1])).run()
+    print("bye", flush=True)
+    sys.exit(code)

@@ -150,7 +150,8 @@ def test_clone_has_the_metadata_and_its_own_creator(client: TestClient, dataset_
         ("created_after=yesterday", 422, "created_after", "valid datetime"),
         ("created_after=0001-01-01", 422, "created_after", "1970 to 2100"),
         ("created_before=9999-12-31T23:59:59-10:00", 422, "created_before", "1970 to 2100"),
-        ("created_after=2026-02-01&created_before=2026-01-01", 400, "created_after", "not before created_before"),
+        ("created_after=2026-02-01&created_before=2026-01-01", 400, "created_after", "is not before created_before"),
+        ("trainer_type=SFTT", 400, "trainer_type", "did you mean sft?"),
         ("counts=maybe", 422, "counts", "valid boolean"),
         ("limit=201", 422, "limit", "200"),
         ("cursor=x", 400, "cursor", "not one that this API issued"),
@@ -160,6 +161,12 @@ def test_wrong_filter_names_its_parameter(readonly_client: TestClient, query: st
     error = get_error(readonly_client.get(f"/jobs?{query}"), status)
     assert error["param"].partition(".")[0] == param
     assert message in f"{error['message']} {error['hint']}"
+
+
+def test_all_wrong_filters_are_named_at_once(readonly_client: TestClient) -> None:
+    query = "search=…a&metadata=x&metadata=y&trainer_type=none&created_after=2026-02-01&created_before=2026-01-01"
+    errors = get_error(readonly_client.get(f"/jobs?{query}"), 400)["errors"]
+    assert [each["param"] for each in errors] == ["search", "metadata", "metadata", "created_after", "trainer_type"]
 
 
 def test_filters_are_documented(readonly_client: TestClient) -> None:

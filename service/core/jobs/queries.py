@@ -23,6 +23,7 @@ from service.core.ports import (
     Wake,
 )
 from service.core.principals import Principal, Scope
+from service.core.suggestions import did_you_mean
 from storage import ObjectStore
 
 LINK_TTL_S = 900  # how long a download link works
@@ -196,4 +197,4 @@ def _pick_artifact(job: Job, name: str | None) -> Artifact:
         if artifact.name == name:
             return artifact
     known = ", ".join(artifact.name for artifact in job.artifacts)
-    raise NotFound(f"{job.job_id} has no artifact {name!r}; it has: {known}", param="artifact")
+    raise NotFound(f"{job.job_id} has no artifact {name!r}; it has: {known}", hint=did_you_mean(name, known.split(", ")), param="artifact")

@@ -139,7 +139,7 @@ def test_remove_refuses_a_base_of_unfinished_jobs(tmp_path: Path) -> None:
     done, _ = run_command("models", "remove", "gemma-3-270m", "--yes", replies=[reply(MODEL), used], environment=trainer.environment)
     assert isinstance(done.exception, CliError)
     assert "training_1" in done.exception.message
-    unused = [reply({"jobs": [], "next_cursor": None})] * 6
+    unused = [reply({"jobs": [], "next_cursor": None})]
     words = ["models", "remove", "gemma-3-270m"]
     done, _ = run_command(*words, replies=[reply(MODEL), *unused, list_reply()], environment=trainer.environment)
     assert isinstance(done.exception, CliError)

@@ -47,9 +47,10 @@ def storage_reply(*jobs: dict[str, Any]) -> FakeReply:
     return reply({"total_bytes": 1, "bytes": total, "jobs": jobs, "complete": True} | shared)
 
 
-def job_row(job_id: str, status: str, checkpoints: int = 10) -> dict[str, Any]:
+def job_row(job_id: str, status: str, checkpoints: int = 10, finished_at: str = "2026-01-01T00:00:00+00:00") -> dict[str, Any]:
     stored = {"checkpoints": checkpoints, "artifacts": 2, "logs": 3}
-    return {"job_id": job_id, "job_name": "a job", "status": status, "total_bytes": checkpoints + 5, "bytes": stored}
+    row = {"job_id": job_id, "job_name": "a job", "status": status, "finished_at": finished_at}
+    return row | {"total_bytes": checkpoints + 5, "bytes": stored}
 
 
 NOT_FOUND = reply({"error": {"code": "not_found", "message": "no job", "hint": "", "param": "job_id"}}, 404)
@@ -90,11 +91,10 @@ def test_prune_asks_before_anything_is_deleted(tmp_path: Path) -> None:
 
 def test_prune_skips_young_jobs_and_those_in_use(tmp_path: Path) -> None:
     used = reply({"error": {"code": "conflict", "message": "export_1 is not finished", "hint": "", "param": None}}, 409)
-    young = reply({"finished_at": datetime.now(UTC).isoformat()})
-    old = reply({"finished_at": "2026-01-01T00:00:00+00:00"})
-    rows = storage_reply(job_row("young", "completed"), job_row("used", "completed"))
+    young = job_row("young", "completed", finished_at=datetime.now(UTC).isoformat())
+    rows = storage_reply(young, job_row("used", "completed"))
     words, variables = ["prune", "--older-than", "7d", "--yes"], {"TUNESMITH_HOME": str(tmp_path)}
-    done, _ = run_command(*words, replies=[rows, young, old, used], environment=variables)
+    done, _ = run_command(*words, replies=[rows, used], environment=variables)
     assert done.exit_code == 0, done.output
     assert "skipped used: export_1 is not finished" in done.output
     assert "nothing to free" in done.output
