@@ -182,7 +182,7 @@ def test_artifact_shows_fidelity_and_hub_url() -> None:
     assert "agreement 97.0%, KL 0.0200, perplexity 9.50 (this file) / 9.00 (tuned)  closer to the base model than to the tuned one" in text
     assert "advice: use q8_0 [or f16]" in text
     assert text.count("https://hub/ada/tuned/tree/a") == 1
-    assert "mlflow:     https://m" in text
+    assert "mlflow: https://m" in text
     assert f"tunesmith download {JOB_ID} --artifact NAME" in text
 
 
