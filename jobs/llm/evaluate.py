@@ -107,6 +107,7 @@ def _evaluate_base(task: TrainingTask, training: TrainingContext, trainer: Any, 
 
 
 def has_evaluation_data(task: TrainingTask, training: TrainingContext) -> bool:
+    """Whether there is anything to evaluate a model on."""
     return task.has_held_out_rows or bool(training.config.eval_config.lm_eval_tasks)
 
 
