@@ -57,7 +57,10 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Sampling temperature; 0 is deterministic.")] = 0.7,
     as_json: Annotated[
-        bool, typer.Option("--json", help='Read lines like {"prompt": "…"} and write every token as a line of JSON.')
+        bool,
+        typer.Option(
+            "--json", help='Read lines like {"prompt": "…"}, with "reset": true for a new conversation, and write every token as JSON.'
+        ),
     ] = False,
 ) -> None:
     """Chat with a model of a job, or with a base model, on this machine."""

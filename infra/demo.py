@@ -60,7 +60,7 @@ def main(picture: Path | None = None) -> int:
         print_heading("6. Ask the base and the tuned model the same held-out questions")
         detail = json.loads(run_and_capture([TUNESMITH, "datasets", "show", dataset["processed_dataset_id"], "--json"]))
         questions = [row["messages"][0]["content"] for row in detail["preview"]["eval"]][:QUESTION_COUNT]
-        answers = compare_answers(questions, next(target.glob("*.gguf")))
+        answers = compare_answers(job_id, questions)
         console.print(answers)
     if picture:
         draw_picture(answers, job, picture)
@@ -94,17 +94,40 @@ def use_running_service(url: str) -> Generator[None]:
     yield
 
 
-def compare_answers(questions: list[str], gguf: Path) -> Table:
+def compare_answers(job_id: str, questions: list[str]) -> Table:
     """A table with the answers of the base and the tuned model."""
-    request = json.dumps({"questions": questions, "max_tokens": ANSWER_TOKENS})
-    base_answers = json.loads(run_and_capture([TRAINER_PYTHON, "infra/base_answers.py", "--store", MODELS_URL], stdin=request, quiet=True))
+    command = [
+        TUNESMITH,
+        "chat",
+        job_id,
+        "--artifact",
+        "gguf-f16",
+        "--compare",
+        "--json",
+        "--temperature",
+        "0",
+        "--max-tokens",
+        ANSWER_TOKENS,
+    ]
+    lines = "\n".join(json.dumps({"prompt": question, "reset": True}) for question in questions)
+    answers = read_answers(run_and_capture(command, stdin=lines))
     table = Table(show_lines=True)
     for heading in ("question", "base", "tuned"):
         table.add_column(heading, overflow="fold")
-    for question, base_answer in zip(questions, base_answers, strict=True):
-        command = [TRAINER_PYTHON, "-m", "jobs.llm.chat", "--model", gguf, "--temperature", "0", "--max-tokens", str(ANSWER_TOKENS)]
-        table.add_row(question, base_answer, run_and_capture([*command, "--prompt", question], quiet=True).strip())
+    for question, base_answer, tuned_answer in zip(questions, answers["base"], answers["tuned"], strict=True):
+        table.add_row(question, base_answer.strip(), tuned_answer.strip())
     return table
+
+
+def read_answers(output: str) -> dict[str, list[str]]:
+    """The answers of each model in the lines of `tunesmith chat --compare --json`."""
+    answers: dict[str, list[str]] = {"base": [""], "tuned": [""]}
+    for line in map(json.loads, output.splitlines()):
+        if line.get("done"):
+            answers[line["model"]].append("")
+        else:
+            answers[line["model"]][-1] += line["token"]
+    return {model: texts[:-1] for model, texts in answers.items()}
 
 
 def print_results(job: dict, seconds: float) -> int:  # type: ignore[type-arg]  # the API's JSON

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -18,16 +19,32 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def commands() -> list[str]:
-    """The commands that the README shows for a running service, in order."""
-    text = "".join(block for block in blocks("bash") if "make " not in block).replace("\\\n", " ")
-    lines = re.findall(r"^(?:export \w.*|tunesmith \w.*|curl (?:[^'\n]|'[^']*')*)", text, re.MULTILINE)
+def find_commands(text: str) -> list[str]:
+    """The commands in blocks of bash, in order."""
+    lines = re.findall(r"^(?:export \w.*|tunesmith \w.*|curl (?:[^'\n]|'[^']*')*)", text.replace("\\\n", " "), re.MULTILINE)
     return [re.sub(r"\s+# .*$", "", command) for command in lines]
 
 
+def is_first_minute(block: str) -> bool:
+    return "tunesmith train rows.jsonl" in block
+
+
+def commands() -> list[str]:
+    """The commands that the README shows for a running service, in order."""
+    return find_commands("".join(block for block in blocks("bash") if "make " not in block and not is_first_minute(block)))
+
+
+def run_line(line: str, folder: Path, environment: dict[str, str], exports: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Run a line of the README as a user's shell would, with `tunesmith` of this environment."""
+    script = "\n".join(["set -euo pipefail", f'tunesmith() {{ "{TUNESMITH}" "$@"; }}', *exports, line])
+    done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, input="hello\n", capture_output=True, text=True)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
 # The longest test comes first, so that the other files run at the same time.
-@pytest.mark.timeout(900)
-def test_make_demo_tunes_real_gemma(tmp_path: Path, service: Service) -> None:
+@pytest.mark.timeout(1200)
+def test_first_minute_tunes_real_gemma(tmp_path: Path, service: Service) -> None:
     environment = {**service.environment, "TUNESMITH_HOME": str(tmp_path / "home"), "COLUMNS": "200"}
     del environment["HF_HUB_OFFLINE"]  # as a user would run it
     done = subprocess.run(["make", "demo"], cwd=SOURCE, env=environment, capture_output=True, text=True)
@@ -39,25 +56,36 @@ def test_make_demo_tunes_real_gemma(tmp_path: Path, service: Service) -> None:
         assert text in done.stdout
     assert list((tmp_path / "home/downloads").rglob("*-f16.gguf"))
 
+    rows = [{"prompt": f"Which color has the number {n}?", "completion": f"The number {n} is {('red', 'blue')[n % 2]}."} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    [first_minute] = filter(is_first_minute, blocks("bash"))
+    train, chat, download = find_commands(first_minute)
+    try:
+        trained = run_line(train, tmp_path, environment).stdout
+        for text in ("google/gemma-3-270m", "learning rate", "loss", "completed", "tunesmith chat"):
+            assert text in trained
+        assert run_line(chat, tmp_path, environment).stdout.strip()
+        run_line(download, tmp_path, environment)
+        [gguf] = tmp_path.glob("tunesmith-*/gguf-q8_0/*.gguf")
+        assert f"FROM ./{gguf.name}" in gguf.with_suffix(".Modelfile").read_text()
+    finally:
+        run_line("tunesmith stop", tmp_path, environment)
+
 
 def test_readme_commands_run_in_order(service: Service, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     ids = {"dataset_…": "", "training_…": ""}
     readme_commands = commands()
     exports: list[str] = []
-    assert len(readme_commands) >= 9
+    assert len(readme_commands) >= 18
     for command in readme_commands:
         line = command.replace("http://127.0.0.1:8080", str(service.http.base_url).rstrip("/")).replace("google/gemma-3-270m", BASE)
-        line = line.replace("max_steps=40", "max_steps=3")
+        line = line.replace("--max-steps 40", "--max-steps 3")
         for placeholder, id_ in ids.items():
             line = line.replace(placeholder, id_)
         if line.startswith("export "):
             exports.append(line)
-        script = "\n".join(["set -euo pipefail", f'tunesmith() {{ "{TUNESMITH}" "$@"; }}', *exports, line])
-        done = subprocess.run(
-            ["bash", "-c", script], cwd=tmp_path, env=service.environment, input="hello\n", capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        done = run_line(line, tmp_path, service.environment, exports)
         assert '"error":{' not in done.stdout, f"{line}\n{done.stdout}"
         for placeholder in ids:
             if match := re.search(rf'(?:^|")({placeholder[:-1]}[\w.-]+)(?:$|")', done.stdout, re.MULTILINE):  # a line, or a string of JSON

@@ -51,11 +51,13 @@ def answer_lines(speakers: Sequence[Speaker], lines: Iterable[str]) -> None:
     """Answer every line of JSON by lines of JSON. One that cannot be answered does not end the conversation."""
     for line in lines:
         try:
-            prompt = _parse_prompt(line)
+            prompt, begins_again = _parse_turn(line)
         except InvalidPrompt as error:
             _print_json({"error": str(error)})
             continue
         for speaker in speakers:
+            if begins_again:
+                speaker.conversation.forget()
             try:
                 _print_json_answer(speaker, prompt)
             except InvalidPrompt as error:
@@ -126,14 +128,18 @@ def _print_columns(speakers: Sequence[Speaker], prompt: str, is_interrupted: IsI
         console.print(render())  # the live display shows no more than fits the screen
 
 
-def _parse_prompt(line: str) -> str:
+def _parse_turn(line: str) -> tuple[str, bool]:
+    """The prompt, and whether a new conversation begins with it."""
     try:
         turn: object = json.loads(line)
     except json.JSONDecodeError as error:
         raise InvalidPrompt(f"not JSON: {error}") from error
     if not isinstance(turn, dict) or not isinstance(turn.get("prompt"), str) or not turn["prompt"].strip():
         raise InvalidPrompt('a turn is like {"prompt": "What is a list?"}')
-    return turn["prompt"]
+    begins_again = turn.get("reset", False)
+    if not isinstance(begins_again, bool):
+        raise InvalidPrompt("reset is true or false: whether a new conversation begins")
+    return turn["prompt"], begins_again
 
 
 def _print_json_answer(speaker: Speaker, prompt: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from schema.checkpoint import checkpoints_prefix
 from schema.job import Status
@@ -42,6 +43,7 @@ class JobUsage:
     job_id: str
     job_name: str
     status: Status
+    finished_at: datetime | None
     stored: UsageBytes
 
 
@@ -109,9 +111,8 @@ class StorageQueries:
         cursor: str | None = None
         while True:
             page = self._repository.store.list_jobs(JobQuery(tenant_id=tenant_id, limit=PAGE_ROWS, after=cursor))
-            summaries = [row.summary for row in page.rows]
-            for start in range(0, len(summaries), JOBS_AT_ONCE):
-                yield summaries[start : start + JOBS_AT_ONCE]
+            for start in range(0, len(page.rows), JOBS_AT_ONCE):
+                yield [row.summary for row in page.rows[start : start + JOBS_AT_ONCE]]
             cursor = page.next_cursor
             if cursor is None:
                 return
@@ -123,7 +124,7 @@ class StorageQueries:
             artifacts=sum(_sum_bytes(models, f"{folder}/{job.job_id}/") for folder in JOB_FOLDERS),
             logs=sum(launcher.measure_logs(job.job_id) for launcher in self._launchers if isinstance(launcher, LogMeter)),
         )
-        return JobUsage(job.job_id, job.job_name, job.status, stored)
+        return JobUsage(job.job_id, job.job_name, job.status, job.finished_at, stored)
 
 
 def _sum_bytes(store: ObjectStore, prefix: str) -> int:
