@@ -75,6 +75,6 @@ def confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise CliError(f"{question} There is no terminal to ask on", "repeat the command with --yes")
+        raise CliError(f"{question} There is no terminal to ask on", "repeat the command with --yes", exit_code=2)
     if not typer.confirm(question, err=True):
         raise CliError("not confirmed; nothing was changed")

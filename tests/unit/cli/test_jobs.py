@@ -139,6 +139,7 @@ def test_delete_asks_where_something_would_be_lost(changes: dict[str, object], l
         assert isinstance(done.exception, CliError)
         assert loss in done.exception.message
         assert "--yes" in done.exception.hint
+        assert done.exception.exit_code == 2
 
 
 def test_delete_says_what_was_deleted_and_removes_local_copies(tmp_path: Path) -> None:
