@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.connection import Connection
 from cli.settings import DEFAULT_URL, Settings
 from service.adapters.launchers.local.settings import LocalSettings
 from service.settings import Settings as ServiceSettings
@@ -52,3 +53,11 @@ def test_token_of_the_home_folder_is_for_its_running_service(tmp_path: Path) -> 
     ended.wait()
     (tmp_path / "service.json").write_text(json.dumps({"url": "http://127.0.0.1:41000", "pid": ended.pid}))
     assert settings.local_token is None
+
+
+def test_nobody_waits_for_a_service_that_nobody_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path))
+    assert Connection.choose(None, None, None).may_start_soon is False
+    assert Connection.choose("http://127.0.0.1:41000", None, None).may_start_soon is True
+    (tmp_path / "service.json").write_text(json.dumps({"url": "http://127.0.0.1:41000", "pid": os.getpid()}))
+    assert Connection.choose(None, None, None).may_start_soon is True
