@@ -1,13 +1,18 @@
 """Work that runs beside the main thread, such as waiting for child processes, and whose failure is raised where it is asked for.
 
-It must not draw random numbers, and not use a library that the main thread uses at the same time.
+It must not draw random numbers, and not use a library that the main thread uses at the same time. It gets what the main thread leaves of
+the processors.
 """
 
+import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
+
+NICENESS = 10  # about a tenth of a processor that the main thread wants as well; child processes inherit it
 
 
 class BackgroundTask(Generic[Result]):
@@ -33,6 +38,8 @@ class BackgroundTask(Generic[Result]):
         return self._results[0]
 
     def _keep_outcome(self) -> None:
+        if sys.platform == "linux":  # elsewhere it would be the niceness of the whole process
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             self._results.append(self._run())
         except Exception as error:  # noqa: BLE001  # kept, and raised in the thread that waits

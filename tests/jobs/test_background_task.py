@@ -1,12 +1,13 @@
 """Work in a background thread returns or raises where it is waited for, and a failed check stops a training before anything is saved."""
 
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from jobs.runtime.background_task import BackgroundTask
+from jobs.runtime.background_task import NICENESS, BackgroundTask
 from jobs.runtime.errors import JobFailed
 from jobs.runtime.save_policy import SavePolicy, TrainingControlState
 from jobs.runtime.training_control import TrainingControl
@@ -26,6 +27,15 @@ def make_control(store: Path, tmp_path: Path) -> Callable[[BackgroundTask[None]]
         return control
 
     return make
+
+
+def test_task_and_its_child_processes_leave_the_processors_to_the_caller() -> None:
+    def read_niceness() -> int:
+        return int(subprocess.run(["nice"], capture_output=True, text=True, check=True).stdout)
+
+    own = read_niceness()
+    assert BackgroundTask("a task", read_niceness).wait() == min(19, max(own, NICENESS))
+    assert read_niceness() == own
 
 
 def test_task_runs_beside_the_caller_and_returns_its_result() -> None:
