@@ -364,7 +364,9 @@ def test_points_contain_speed_memory_and_progress(train: Train) -> None:
 
 def test_progress_has_loss_of_every_step(train: Train) -> None:
     progress = train(max_steps=3, logging_steps=10).record.progress
-    assert [each.step for each in progress] == [1, 2, 3]
+    steps = [each.step for each in progress]
+    assert sorted(steps) == steps
+    assert set(steps) == {1, 2, 3}  # the first once more, after the evaluation of the base
     assert all((each.loss or 0) > 0 for each in progress)
 
 
