@@ -195,6 +195,14 @@ def test_a_base_with_another_suffix_is_accepted_while_the_hub_does_not_answer(ha
     assert submit(harness, "google/gemma-3-270m-it")
 
 
+def test_a_similar_stored_base_is_suggested_for_one_that_the_hub_does_not_have(harness: JobsHarness) -> None:
+    store_model(harness.objects, GEMMA)
+    harness.hub.read_result = "absent"
+    with pytest.raises(InvalidRequest) as caught:
+        submit(harness, "google/gemma-3-270")
+    assert (caught.value.hint, caught.value.param) == ("did you mean google/gemma-3-270m?", "training_config.base_model_id")
+
+
 def test_an_offline_deployment_refuses_a_base_that_no_attempt_can_get() -> None:
     hub = NoHub(is_cached=lambda name: name == "a/cached")
     assert hub.is_unreachable_for_attempts("a/missing")

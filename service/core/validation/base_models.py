@@ -36,14 +36,16 @@ def check_base_model(config: TrainingConfig, token: str | None, hub: Hub, models
         suggestion = describe_suggestions(suggest(name, stored))
         raise InvalidRequest(message, hint=suggestion or _hint_import(name), param=BASE_PARAM)
     meant = find_meant(name, stored)
-    if not meant:
+    similar = meant or suggest(name, stored)
+    if not similar:
         return
     with deadline(HUB_TIMEOUT_S):
         access = hub.check_read_access(name, token)
-    if access in ("absent", "unknown"):
+    # A merely similar name is another model until the Hub says that there is none of that name.
+    if access == "absent" or (access == "unknown" and meant):
         reason = "the Hub does not have it" if access == "absent" else "whether the Hub has it is not known"
         message = f"base model {name} is not in the model store, and {reason}"
-        raise InvalidRequest(message, hint=describe_suggestions(meant), param=BASE_PARAM)
+        raise InvalidRequest(message, hint=describe_suggestions(similar), param=BASE_PARAM)
 
 
 def _hint_import(name: str) -> str:
