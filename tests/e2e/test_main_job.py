@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from schema.job import Artifact
 from tests.e2e.conftest import BASE, ROWS, SOURCE, TRAINER_PYTHON, Json, Service, wait_until
 
 GGUF = {"export_config": {"format": "merged", "include_gguf": True, "gguf_quantization": ["f16", "q8_0"]}}
@@ -43,11 +44,11 @@ def test_artifacts_are_stored_with_correct_digests(job: Json, service: Service) 
     assert job["adapter_path"] == f"{root}/merged_models/{job_id}/attempt-1/"
     assert job["gguf_path"].startswith(f"{root}/gguf_models/{job_id}/attempt-1/")
     assert {artifact["name"] for artifact in job["artifacts"]} == {"merged", "gguf-f16", "gguf-q8_0"}
-    for artifact in job["artifacts"]:
-        for file in artifact["files"]:
-            path = service.home / "objects" / (artifact["key"] + file["path"])
-            assert path.stat().st_size == file["size_bytes"]
-            assert hashlib.sha256(path.read_bytes()).hexdigest() == file["sha256"]
+    for artifact in map(Artifact.model_validate, job["artifacts"]):
+        for file in artifact.files:
+            path = service.home / "objects" / artifact.file_key(file)
+            assert path.stat().st_size == file.size_bytes
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256
 
 
 def test_every_gguf_matches_the_model(job: Json) -> None:

@@ -61,9 +61,11 @@ def test_first_minute_tunes_real_gemma(tmp_path: Path, service: Service) -> None
     [first_minute] = filter(is_first_minute, blocks("bash"))
     train, chat, download = find_commands(first_minute)
     try:
-        trained = run_line(train, tmp_path, environment).stdout
-        for text in ("google/gemma-3-270m", "learning rate", "loss", "completed", "tunesmith chat"):
-            assert text in trained
+        trained = run_line(train, tmp_path, environment)
+        for text in ("started a service", "rows.jsonl: 20 rows", "google/gemma-3-270m", "learning rate"):  # what it chose
+            assert text in trained.stderr
+        for text in ("step 1/", "loss", "completed", "tunesmith chat"):
+            assert text in trained.stdout
         assert run_line(chat, tmp_path, environment).stdout.strip()
         run_line(download, tmp_path, environment)
         [gguf] = tmp_path.glob("tunesmith-*/gguf-q8_0/*.gguf")
