@@ -143,7 +143,8 @@ def _run_bases(settings: Settings, arguments: list[str], token: str | None = Non
     python = settings.trainer_python
     if not python.exists():
         raise CliError(f"the trainer's environment is not installed: {python} is missing", "`make setup` installs it")
-    command = [str(python), "-P", "-m", "jobs.llm.bases", *arguments, *(["--token-on-stdin"] if token else [])]
+    # Without -P: the trainer's environment has no package `jobs`, so Python must find it in the folder where it starts.
+    command = [str(python), "-m", "jobs.llm.bases", *arguments, *(["--token-on-stdin"] if token else [])]
     done = subprocess.run(command, cwd=SOURCE_ROOT, input=f"{token or ''}\n", stdout=subprocess.PIPE, text=True, check=False)
     try:
         answer: Json = json.loads(done.stdout)

@@ -89,8 +89,9 @@ def run_service() -> Generator[None]:
 @contextmanager
 def use_running_service(url: str) -> Generator[None]:
     """Use a service that is already running."""
-    hardware = json.loads(run_and_capture([TUNESMITH, "capabilities", "--json"]))["hardware"]
-    console.print(f"   {url} trains on {hardware['device_name']}")
+    capabilities = json.loads(run_and_capture([TUNESMITH, "capabilities", "--json"]))
+    launcher, _, profile = capabilities["default_hardware"].partition("/")
+    console.print(f"   {url} trains on {capabilities['launchers'][launcher]['profiles'][profile]['device_name']}")
     yield
 
 

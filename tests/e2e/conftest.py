@@ -34,7 +34,8 @@ class Service:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")},
+            # As on a user's machine: no setting, and only what is installed can be imported.
+            **{name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_") and name != "PYTHONPATH"},
             "TUNESMITH_HOME": str(home),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",

@@ -1,13 +1,14 @@
 """`tunesmith train rows.jsonl` on a machine where no service runs yet."""
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.e2e.conftest import BASE, ROWS, Service, new_service
+from tests.e2e.conftest import BASE, ROWS, TUNESMITH, Service, new_service
 
 
 @pytest.fixture
@@ -45,3 +46,11 @@ def test_rows_become_a_model_in_one_command(quiet_home: Service, tmp_path: Path)
     assert json.loads(quiet_home.run_cli("doctor", "--json"))["ok"]
     assert "stopped" in quiet_home.run_cli("stop")
     assert not (quiet_home.home / "service.json").exists()
+
+
+def test_base_in_a_folder_is_imported_from_anywhere(service: Service, tiny_gemma: Path, tmp_path: Path) -> None:
+    command = [str(TUNESMITH), "models", "import", str(tiny_gemma), "--name", "me/mine", "--json"]
+    done = subprocess.run(command, env=service.environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(service.run_cli("models", "show", "mine", "--json"))
+    assert (shown["name"], shown["source"], shown["available"]) == ("me/mine", "folder", True)

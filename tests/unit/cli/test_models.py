@@ -96,7 +96,7 @@ def test_pull_gives_the_token_on_standard_input_only(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert trainer.input == "hf_secret\n"
     assert "hf_secret" not in trainer.arguments
-    assert trainer.arguments[:5] == ["-P", "-m", "jobs.llm.bases", "pull", "google/gemma-3-270m"]
+    assert trainer.arguments[:4] == ["-m", "jobs.llm.bases", "pull", "google/gemma-3-270m"]
     assert {"--store", "file:///home/me/objects", "--revision", "main", "--token-on-stdin"} <= set(trainer.arguments)
     assert "268 M parameters, 536 MB, license gemma" in done.output
 
@@ -116,7 +116,7 @@ def test_import_folder_returns_the_name_for_a_job(tmp_path: Path) -> None:
         "http://service", transport=httpx2.MockTransport(lambda _: httpx2.Response(200, json={"models": [], "store_url": "gs://b"}))
     )
     assert import_folder(Settings(venvs=trainer.venvs), client, tmp_path, "me/mine") == "me/mine"
-    assert trainer.arguments[3:] == ["import", "me/mine", "--folder", str(tmp_path), "--store", "gs://b"]
+    assert trainer.arguments[2:] == ["import", "me/mine", "--folder", str(tmp_path), "--store", "gs://b"]
 
 
 def test_a_store_in_a_folder_of_another_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_remove_refuses_a_base_of_unfinished_jobs(tmp_path: Path) -> None:
     assert "--yes" in done.exception.hint
     done, _ = run_command(*words, "--yes", replies=[reply(MODEL), *unused, list_reply()], environment=trainer.environment)
     assert done.exit_code == 0, done.output
-    assert trainer.arguments[3:5] == ["remove", "google/gemma-3-270m"]
+    assert trainer.arguments[2:4] == ["remove", "google/gemma-3-270m"]
 
 
 def test_counts_are_short() -> None:
