@@ -1,13 +1,13 @@
 """The commands that list, show and delete jobs: `jobs`, `show`, `checkpoints` and `delete`."""
 
-import re
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
+from cli.durations import EXAMPLES, read_duration
 from cli.errors import ApiError, CliError
 from cli.http_client import Client, Json
 from cli.job_names import find_job_id
@@ -22,8 +22,6 @@ from cli.storage import remove_local_copies
 MAX_DELETE_TRIES, DELETE_RETRY_DELAY_S = 40, 0.5  # the launcher kills an attempt that does not stop within ten seconds
 EVENTS_PER_PAGE = 1000
 ENDED = ("completed", "failed", "cancelled")
-SINCE = re.compile(r"(\d{1,5})(m|h|d|w)")
-UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 def list_jobs(
@@ -66,12 +64,12 @@ def list_jobs(
 
 def parse_since(text: str, now: datetime) -> datetime:
     """The time that `7d`, `12h` or a date means. Raises CliError."""
-    if match := SINCE.fullmatch(text):
-        return now - timedelta(**{UNITS[match[2]]: int(match[1])})
+    if (duration := read_duration(text)) is not None:
+        return now - duration
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
-        hint = "write 30m, 12h, 7d or 2w, or a date such as 2026-01-31"
+        hint = f"write {EXAMPLES}, or a date such as 2026-01-31"
         raise CliError(f"--since {text} is neither a time span nor a date", hint, exit_code=2) from error
     return moment if moment.tzinfo else moment.astimezone()
 

@@ -1,6 +1,5 @@
 """What Tunesmith stores, on the service and on this machine: the commands `du` and `prune`."""
 
-import re
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -14,6 +13,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from cli.durations import EXAMPLES, read_duration
 from cli.errors import ApiError, CliError
 from cli.http_client import Client, Json
 from cli.options import JsonOption, create_client
@@ -22,8 +22,6 @@ from cli.settings import Settings
 
 FINAL = ("completed", "failed", "cancelled")
 KINDS = ("checkpoints", "artifacts", "logs")
-AGE = re.compile(r"(\d+(?:\.\d+)?)([hdw])")
-AGE_UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 MAX_JOBS = 1000  # with the most bytes; those beyond are left to the next call
 
 
@@ -138,10 +136,10 @@ def parse_age(text: str | None) -> timedelta:
     """`7d` as a duration; None is none at all. Raises CliError."""
     if text is None:
         return timedelta()
-    match = AGE.fullmatch(text.strip())
-    if match is None:
-        raise CliError(f"{text!r} is not a duration", "write a number and h, d or w: 12h, 7d, 2w", exit_code=2, param="--older-than")
-    return float(match[1]) * AGE_UNITS[match[2]]
+    duration = read_duration(text)
+    if duration is None:
+        raise CliError(f"{text!r} is not a duration", f"write {EXAMPLES}", exit_code=2, param="--older-than")
+    return duration
 
 
 def format_bytes(size_bytes: int) -> str:

@@ -62,7 +62,7 @@ def train(
         typer.Option(autocompletion=complete_trainers, help="sft, dpo, orpo, kto, grpo or reward. Default: what the rows are for."),
     ] = None,
     method: Annotated[str | None, typer.Option(autocompletion=complete_methods, help="LoRA, QLoRA or Full. Default: LoRA.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the rows. Default: 3.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the rows. Default: 3 for sft and orpo, else 1.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--lr", help="Peak learning rate, such as 1e-4. Default: by trainer and method.")

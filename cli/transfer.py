@@ -188,5 +188,5 @@ def _check_relative(path: str) -> str:
     """The path, which a service must not let lead out of the folder. Raises CliError."""
     parts = PurePosixPath(path)
     if parts.is_absolute() or ".." in parts.parts or not parts.parts:
-        raise CliError(f"the service names a file outside the folder: {path!r}", "ask whoever runs the service")
+        raise CliError(f"the service names a file outside the folder: {path!r}", "ask the operator of the service")
     return path

@@ -21,5 +21,5 @@ def _read_none(value: object) -> object:
     return None if isinstance(value, str) and value.strip().lower() == "none" else value
 
 
-# "7" or "none" in the environment; None in code means for ever.
+# "7" or "none" in the environment; None in code means forever.
 RetentionDays = Annotated[float | None, Field(ge=0, le=36_500), BeforeValidator(_read_none)]

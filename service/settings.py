@@ -182,7 +182,7 @@ class Settings(BaseSettings):
     checkpoint_retention_days: RetentionDays = Field(
         7.0,
         description="Days for which a completed job keeps its checkpoints; then all but the published one are deleted, and that one is "
-        "reduced to what an export reads. `0`: soon after it is completed; `none`: for ever. Failed and cancelled jobs keep theirs.",
+        "reduced to what an export reads. `0`: soon after it is completed; `none`: forever. Failed and cancelled jobs keep theirs.",
     )
     reconcile_interval_s: float = Field(
         1.0,

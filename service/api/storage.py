@@ -48,7 +48,7 @@ class StorageResponse(BaseModel):
     bytes: KindBytes
     jobs: list[JobStorage]  # the largest first
     complete: bool  # false: not everything was counted in time
-    checkpoint_retention_days: float | None  # how long a completed job keeps its checkpoints; null: for ever
+    checkpoint_retention_days: float | None  # how long a completed job keeps its checkpoints; null: forever
     base_model_bytes: int | None  # of all tenants; null: the caller is no operator
     orphan_bytes: int | None  # of files whose job does not exist; likewise
 

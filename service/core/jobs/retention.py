@@ -69,7 +69,7 @@ class CheckpointRetention:
     """Deletes checkpoints of jobs that have ended."""
 
     def __init__(self, repository: JobRepository, models: ObjectStore, retention: timedelta | None) -> None:
-        """`retention`: how long a completed job keeps its checkpoints; None: for ever."""
+        """`retention`: how long a completed job keeps its checkpoints; None: forever."""
         self._repository = repository
         self._models = models
         self._retention = retention
