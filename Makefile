@@ -10,17 +10,18 @@ VENVS := .venvs
 PIP_INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 DEV := PYTHONPATH=. $(VENVS)/dev/bin/python
 LLM := PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/llm/bin/python
-LLM_PINS := jobs/environments/llm
+DATA := PYTHONPATH=. HF_HUB_OFFLINE=1 $(VENVS)/data/bin/python
 
 .PHONY: help
 help: ## List the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  \1|/' | column -t -s '|'
 
 # --- Environments ---------------------------------------------------------------------------------------------------------
-# The service (no ML library), the trainer (llm), the tools and tests (dev) and the checks of the infrastructure (infra).
+# The service (no ML library), what reads datasets (data), the trainer (llm), the tools and tests (dev) and the checks of the infrastructure
+# (infra).
 
 .PHONY: setup setup-service setup-dev setup-infra
-setup: setup-service setup-llm ## Install the service's environment and the trainer's, with llama.cpp
+setup: setup-service setup-data setup-llm ## Install the environments of the service, of datasets and of the trainer, with llama.cpp
 setup-service: $(VENVS)/service/.installed
 setup-dev: $(VENVS)/dev/.installed
 setup-infra: $(VENVS)/infra/.installed
@@ -51,24 +52,24 @@ $(ENVIRONMENTS:%=$(VENVS)/%/.installed): $(VENVS)/%/.installed: $$(wildcard jobs
 	PYTHONPATH=. $(VENVS)/$*/bin/python -m jobs.runtime.probe $* --output jobs/environments/$*/capabilities.json
 	@touch $@
 
-# What tests need in the trainer's environment. The fault campaign runs parts of itself there too.
-$(VENVS)/llm/.installed-tests: $(VENVS)/llm/.installed $(LLM_PINS)/requirements-test.txt
-	$(VENVS)/llm/bin/$(PIP_INSTALL) -c $(LLM_PINS)/constraints.txt -r $(LLM_PINS)/requirements-test.txt
+# What tests need in an environment of attempts. The fault campaign runs parts of itself in the trainer's.
+$(ENVIRONMENTS:%=$(VENVS)/%/.installed-tests): $(VENVS)/%/.installed-tests: $(VENVS)/%/.installed jobs/environments/%/requirements-test.txt
+	$(VENVS)/$*/bin/$(PIP_INSTALL) -c jobs/environments/$*/constraints.txt -r jobs/environments/$*/requirements-test.txt
 	@touch $@
 
 # --- Run ------------------------------------------------------------------------------------------------------------------
 
 .PHONY: dev demo cloud-local demo-cloud-local
-dev: setup-dev setup-llm ## Start a service from this folder, in the environment that has the test tools
+dev: setup-dev setup-data setup-llm ## Start a service from this folder, in the environment that has the test tools
 	$(VENVS)/dev/bin/tunesmith serve $(ARGS)
 
 demo: setup ## Fine-tune the real Gemma 3 270M through the HTTP API and compare its answers
 	$(VENVS)/service/bin/python infra/demo.py $(ARGS)
 
-cloud-local: setup-dev setup-llm ## Run the service on emulators of Google Cloud on this machine; stop with Ctrl-C
+cloud-local: setup-dev setup-data setup-llm ## Run the service on emulators of Google Cloud on this machine; stop with Ctrl-C
 	$(DEV) -m infra.cloud_local $(ARGS)
 
-demo-cloud-local: setup-dev setup-llm ## Run the demo on those emulators, through Google's client libraries
+demo-cloud-local: setup-dev setup-data setup-llm ## Run the demo on those emulators, through Google's client libraries
 	$(DEV) -m infra.cloud_local -- $(VENVS)/dev/bin/python infra/demo.py $(ARGS)
 
 # --- Deploy ---------------------------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ lock: setup-dev ## Pin requirements/*.in again
 
 # --- Test -----------------------------------------------------------------------------------------------------------------
 
-.PHONY: test test-fast test-cloud test-infra test-llm test-chaos test-attack test-e2e coverage-report
+.PHONY: test test-fast test-ingest test-cloud test-infra test-llm test-chaos test-attack test-e2e coverage-report
 # A worker takes a whole file, whose tests share models and services; the longest files come first (tests/conftest.py).
 BY_FILE := --dist loadfile --no-loadscope-reorder
 # One torch thread: two threads on two busy cores are slower.
@@ -109,7 +110,7 @@ test: export OMP_NUM_THREADS = 1
 # then test-attack run beside it.
 test: export COVERAGE = --cov --cov-report=
 test: test-fast ## Run every test, with real processes and models, and report coverage: about 20 minutes on two cores
-	$(MAKE) --no-print-directory --jobs 2 --output-sync test-cloud test-infra test-attack
+	$(MAKE) --no-print-directory --jobs 2 --output-sync test-cloud test-ingest test-infra test-attack
 	$(MAKE) --no-print-directory test-llm
 	$(MAKE) --no-print-directory test-chaos
 	$(MAKE) --no-print-directory test-e2e
@@ -118,7 +119,10 @@ test: test-fast ## Run every test, with real processes and models, and report co
 test-fast: setup-dev ## Run unit and contract tests: a minute
 	COVERAGE_FILE=.coverage.fast $(DEV) -m pytest tests/unit tests/contract -n 2 --dist loadfile $(COVERAGE)
 
-test-cloud: setup-dev ## Test the service while connections to Google fail; three at a time, because they mostly wait
+test-ingest: $(VENVS)/data/.installed-tests ## Test the ingestion of datasets: formats, mappings, rows, reports
+	$(DATA) -m pytest tests/ingest -n 2
+
+test-cloud: setup-dev setup-data ## Test the service while connections to Google fail; three at a time, because they mostly wait
 	COVERAGE_FILE=.coverage.cloud $(DEV) -m pytest tests/cloud -n 3 $(COVERAGE)
 
 test-infra: setup-infra ## Check Terraform, Dockerfiles, Cloud Build and the documented gcloud commands without an account
@@ -127,13 +131,13 @@ test-infra: setup-infra ## Check Terraform, Dockerfiles, Cloud Build and the doc
 test-llm: $(VENVS)/llm/.installed-tests ## Test the trainer and the exporters on a tiny model; three files at a time, because they often wait
 	$(LLM) -m pytest tests/jobs tests/exports -n 3 $(BY_FILE)
 
-test-chaos: setup-dev $(VENVS)/llm/.installed-tests ## Run the fault campaign in its short form
+test-chaos: setup-dev setup-data $(VENVS)/llm/.installed-tests ## Run the fault campaign in its short form
 	$(DEV) -m pytest tests/chaos -n 3 --maxschedchunk 1
 
-test-attack: setup-dev $(VENVS)/llm/.installed-tests ## Attack a real service in the short form; two at a time, because they often wait
+test-attack: setup-dev setup-data $(VENVS)/llm/.installed-tests ## Attack a real service in the short form; two at a time, because they often wait
 	OMP_NUM_THREADS=1 $(DEV) -m pytest tests/attack -n 2 --maxschedchunk 1
 
-test-e2e: setup-dev setup-service setup-llm ## Test real HTTP, child processes, the README's commands and the real Gemma; three files at a time
+test-e2e: setup-dev setup-service setup-data setup-llm ## Test real HTTP, child processes, the README's commands and the real Gemma; three files at a time
 	$(DEV) -m pytest tests/e2e -n 3 $(BY_FILE)
 
 coverage-report: setup-dev ## Combine and show the coverage that `make test` measured
@@ -143,10 +147,10 @@ coverage-report: setup-dev ## Combine and show the coverage that `make test` mea
 # --- Measure and long tests -----------------------------------------------------------------------------------------------
 
 .PHONY: chaos attack nightly test-nightly test-bare-clone bench
-chaos: setup-dev $(VENVS)/llm/.installed-tests ## Run the whole fault campaign and count what was lost: a quarter of an hour
+chaos: setup-dev setup-data $(VENVS)/llm/.installed-tests ## Run the whole fault campaign and count what was lost: a quarter of an hour
 	OMP_NUM_THREADS=1 $(DEV) -m tests.chaos $(ARGS)
 
-attack: setup-dev $(VENVS)/llm/.installed-tests ## Run the whole attack suite and print what each attack achieved: ten minutes
+attack: setup-dev setup-data $(VENVS)/llm/.installed-tests ## Run the whole attack suite and print what each attack achieved: ten minutes
 	OMP_NUM_THREADS=1 $(DEV) -m tests.attack $(ARGS)
 
 nightly: test-nightly test-bare-clone ## Run the long tests, and every target of this file from a bare clone: hours
@@ -158,7 +162,7 @@ test-nightly: $(VENVS)/llm/.installed-tests ## Run the long tests, and every tra
 test-bare-clone: ## Try every target of this file in a bare clone of its own; ARGS="chaos lock" tries only these
 	$(PYTHON) infra/bare_clone_targets.py $(ARGS)
 
-bench: setup-dev setup-llm ## Measure against the goals of docs/benchmarks.md, beside comparable servers
+bench: setup-dev setup-data setup-llm ## Measure against the goals of docs/benchmarks.md, beside comparable servers
 	$(DEV) -m bench $(ARGS)
 
 .PHONY: clean

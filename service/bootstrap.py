@@ -11,10 +11,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from schema.ingestion import IngestLimits
 from service.adapters.access import ACCESS_STORES
 from service.adapters.hub import HubCache, HuggingFaceHub
 from service.adapters.identity.local import LocalToken
 from service.adapters.identity.oidc import OidcVerifier
+from service.adapters.ingester import ProcessIngester
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.launchers import LauncherDeployment, create_launchers
 from service.adapters.links import create_url_signer
@@ -28,7 +30,6 @@ from service.core.access.logins import Logins
 from service.core.access.ports import AccessStore, IdentityVerifier
 from service.core.access.rules import IdentityRules
 from service.core.datasets.records import Datasets
-from service.core.datasets.rows import RowLimits
 from service.core.jobs.assembly import JobServices, build_job_services
 from service.core.jobs.credentials import DeploymentCredentials
 from service.core.jobs.reconciler import Reconciler
@@ -132,12 +133,14 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
     datasets = Datasets(
         store=store,
         objects=buckets.datasets,
-        limits=RowLimits(
+        limits=IngestLimits(
             max_row_bytes=settings.max_row_bytes,
             max_image_row_bytes=settings.max_image_row_bytes,
             max_rows=settings.max_dataset_rows,
             max_pixels=settings.max_dataset_pixels,
+            max_memory_bytes=settings.ingest_memory_bytes,
         ),
+        ingester=ProcessIngester(python=settings.ingest_python, variables=inherited_variables(settings)),
         clock=clock,
         random_suffix=lambda: token_hex(6),
         scratch=home / "uploads",

@@ -15,7 +15,7 @@ from schema.egress import EGRESS_VARIABLE, EgressPolicy, allow_rule_of, parse_al
 from service.core.jobs.trackers import DeploymentTrackers
 from service.core.quotas import Quotas
 from service.core.rate_limits import DEFAULT_RATE_LIMITS, RateLimits
-from service.setting_types import CommaList, RetentionDays
+from service.setting_types import SOURCE_ROOT, CommaList, RetentionDays
 
 DEFAULT_HF_ENDPOINT = "https://huggingface.co"
 IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
@@ -138,6 +138,12 @@ class Settings(BaseSettings):
     max_row_bytes: int = Field(1 << 20, ge=100, description="Longest row of a dataset, in bytes.")
     max_image_row_bytes: int = Field(
         16 << 20, ge=100, description="Longest row of a dataset including its images, in bytes; max_row_bytes applies without them."
+    )
+    ingest_python: Path = Field(
+        SOURCE_ROOT / ".venvs/data/bin/python", description="Python of the environment `data`, in which uploaded files are read."
+    )
+    ingest_memory_bytes: int = Field(
+        4 << 30, ge=256 << 20, description="Memory that the process that reads one uploaded file may address, in bytes."
     )
     max_dataset_rows: int = Field(1_000_000, ge=1, description="Maximum number of rows of a dataset.")
     quotas: Quotas = Field(

@@ -14,7 +14,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 from schema.capabilities import EnvironmentManifest, FamilyCapabilities
-from schema.training import TRAINER_TYPES
+from schema.training import JOB_TYPES
 
 TRACKER_MODULES = {"wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboardX", "trackio": "trackio"}
 
@@ -40,9 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def probe_environment(environment: str) -> EnvironmentManifest:
     """The manifest of the environment. Raises ValueError for one that no family uses, and what a family's probe raises."""
-    probes = {config.family: config.probe for config in TRAINER_TYPES.values() if config.environment == environment}
+    probes = {config.family: config.probe for config in JOB_TYPES.values() if config.environment == environment}
     if not probes:
-        known = sorted({config.environment for config in TRAINER_TYPES.values()})
+        known = sorted({config.environment for config in JOB_TYPES.values()})
         raise ValueError(f"no family of trainers uses it; known: {', '.join(known)}")
     families: dict[str, FamilyCapabilities] = {family: resolve_name(probe)() for family, probe in probes.items()}
     return EnvironmentManifest(

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 
 from schema.training.base import BaseTrainingConfig
 from schema.training.export import BaseExportConfig
+from schema.training.ingest import IngestConfig
 from schema.training.llm import DpoConfig, GrpoConfig, KtoConfig, LlmTrainingConfig, OrpoConfig, RewardConfig, SftConfig
 
 AnyTrainingConfig = SftConfig | DpoConfig | OrpoConfig | KtoConfig | GrpoConfig | RewardConfig
@@ -41,6 +42,8 @@ def _group_by_family(classes: Iterable[type[BaseTrainingConfig]]) -> dict[str, t
 
 _CLASSES: tuple[type[BaseTrainingConfig], ...] = get_args(AnyTrainingConfig)
 TRAINER_TYPES = {config.trainer_type_name(): config for config in _CLASSES}
+# What an attempt can run.
+JOB_TYPES: dict[str, type[BaseTrainingConfig]] = {**TRAINER_TYPES, IngestConfig.trainer_type_name(): IngestConfig}
 FAMILIES = _group_by_family(_CLASSES)  # family → its config classes
 
 # What a request to export a checkpoint may send; the job that it names decides which of the classes it must be.
@@ -53,6 +56,7 @@ DEFAULT_EXPORT_CONFIG: BaseExportConfig = TRAINER_TYPES[DEFAULT_TRAINER_TYPE].mo
 __all__ = [
     "DEFAULT_EXPORT_CONFIG",
     "FAMILIES",
+    "JOB_TYPES",
     "TRAINER_TYPES",
     "TRAINING_CONFIG",
     "AnyExportConfig",
@@ -60,6 +64,7 @@ __all__ = [
     "BaseTrainingConfig",
     "DpoConfig",
     "GrpoConfig",
+    "IngestConfig",
     "KtoConfig",
     "LlmTrainingConfig",
     "OrpoConfig",

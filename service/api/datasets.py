@@ -8,6 +8,7 @@ from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 
 from schema.base import Id, Label
 from schema.dataset import Dataset
+from schema.ingestion import IngestOptions
 from service.api.dependencies import PrincipalDep, ServicesDep
 from service.api.ingestion import IngestionSlots
 from service.api.responses import DatasetDetail, DatasetList, DatasetView, DeleteDatasetResponse, dataset_view
@@ -50,7 +51,9 @@ async def upload_dataset(
 
     def ingest() -> Dataset:
         with nullcontext(file.file) if file else services.datasets.open_incoming(principal, incoming or "") as stream:
-            upload = Upload(stream=stream, name=label, project_id=project_id, eval_fraction=eval_fraction)
+            options = IngestOptions(eval_fraction=eval_fraction)  # type: ignore[call-arg]  # pyright: every field has a default
+            filename = (file.filename if file else PurePath(incoming or "").name) or label
+            upload = Upload(stream=stream, filename=filename, name=label, project_id=project_id, options=options)
             return services.datasets.ingest(principal, upload)
 
     slots: IngestionSlots = request.app.state.ingestion_slots

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from jobs.ingest.pipeline import ingest
 from schema.requests import TRAIN_REQUEST_EXAMPLE
 from schema.spec import CLAIMANT_HEADER, claimant_id
+from service.adapters.ingester import ProcessIngester
 from service.adapters.launchers.local.launcher import LocalLauncher
 from service.bootstrap import Services
 from service.core import lifecycle
@@ -43,6 +45,7 @@ def run_test_service(home: Path, *, offline_attempts: bool = False, **changes: A
         patch.setattr(LocalLauncher, "ping", lambda _: None)
         patch.setattr(LocalLauncher, "count_free_slots", lambda _, active_jobs: 0)  # jobs stay queued
         patch.setattr(LocalLauncher, "check", lambda *_: "running")  # the attempts of `start_attempt` have no process
+        patch.setattr(ProcessIngester, "ingest", lambda _, task, **__: ingest(task))
         with TestClient(create_app(settings), raise_server_exceptions=False) as client:
             client.headers |= local_headers(home)
             yield client

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from schema.events import PhaseChanged
+from schema.ingestion import IngestOptions
 from schema.job import Job, Status
 from schema.requests import ExportRequest, ResumeRequest
 from service.core.datasets.records import Upload
@@ -19,10 +20,11 @@ from service.settings import Settings
 from tests.factories import make_dataset, make_profile, make_train_request
 from tests.fakes import FakeLauncher
 from tests.unit.api_harness import ROWS, get_error, make_request_body, run_test_service, upload
-from tests.unit.dataset_harness import make_datasets
+from tests.unit.dataset_records import make_datasets
 from tests.unit.jobs_harness import PRINCIPAL, JobsHarness, make_artifact, make_batch
 from tests.unit.test_budget import USD_PER_HOUR, make_gpu_launcher
 
+NO_SPLIT = IngestOptions(eval_fraction=0)  # type: ignore[call-arg]
 OTHER_TENANT = replace(LOCAL_PRINCIPAL, tenant_id="other", subject="other")
 
 
@@ -171,7 +173,7 @@ def test_upload_beyond_the_stored_bytes_is_refused_before_it_is_stored(tmp_path:
 
     def ingest(count: int) -> None:
         rows = [json.dumps(row | {"messages": [{"role": "user", "content": f"{n}" * 300}, row["messages"][1]]}) for n in range(count)]
-        datasets.ingest(PRINCIPAL, Upload(io.BytesIO("\n".join(rows).encode()), "rows", None, 0.0))
+        datasets.ingest(PRINCIPAL, Upload(io.BytesIO("\n".join(rows).encode()), "rows.jsonl", "rows", options=NO_SPLIT))
 
     with pytest.raises(
         QuotaExceeded, match=r"max_stored_bytes of tenant 'local' is 1000, and 0 bytes are stored, and this would add 1\d\d\d"

@@ -1,6 +1,5 @@
 """The demo's dataset: enough rows in one style, accepted by the service unchanged."""
 
-import io
 import json
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.core.datasets.rows import RowLimits, read_rows
+from tests.ingest.dataset_harness import parse_rows
 
 SCRIPT = Path(__file__).resolve().parents[2] / "infra" / "stdlib_docstrings.py"
 
@@ -30,7 +29,7 @@ def all_rows(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def test_service_accepts_every_row(generated_rows: bytes) -> None:
-    rows = list(read_rows(io.BytesIO(generated_rows), RowLimits()))
+    rows = parse_rows(generated_rows)
     assert {row.dataset_type for row in rows} == {"messages"}
     assert len({row.digest for row in rows}) == 650
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -10,10 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT, Dataset, Split
-from service.core.datasets.rows import IngestResult, InvalidRow, RowLimits, SplitStats, ingest
+from schema.dataset import Dataset, Split
+from schema.ingestion import IngestedRows, IngestLimits, IngestOptions, IngestOutcome, IngestTask, InputFile, RowProblem
 from service.core.errors import Conflict, InvalidDataset, InvalidRequest, NotFound, RecordTooNew, TooLarge, UnreadableRecord
-from service.core.ports import JobStore, Page
+from service.core.ports import Ingester, JobStore, Page
 from service.core.principals import LOCAL_TENANT, Principal, Scope
 from service.core.quotas import QuotaChecks
 from storage import InvalidKey, ObjectStore, delete_prefix
@@ -21,6 +22,8 @@ from storage import InvalidKey, ObjectStore, delete_prefix
 INCOMING_PREFIX = "incoming/"  # of the dataset store: callers put files there that are too large for a request
 SPLIT_SEED = 42
 PREVIEW_ROWS = 5
+NO_OPTIONS = IngestOptions()  # type: ignore[call-arg]  # pyright: every field has a default
+MAX_TOLD_PROBLEMS = 100  # of an upload that is refused; POST /datasets/check tells more
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,10 @@ class Upload:
     """What a caller sent to become a dataset."""
 
     stream: BinaryIO
+    filename: str  # with its suffix
     name: str
-    project_id: str | None
-    eval_fraction: float
+    project_id: str | None = None
+    options: IngestOptions = NO_OPTIONS
 
 
 class Datasets:
@@ -41,7 +45,8 @@ class Datasets:
         *,
         store: JobStore,
         objects: ObjectStore,
-        limits: RowLimits,
+        limits: IngestLimits,
+        ingester: Ingester,
         clock: Callable[[], datetime],
         random_suffix: Callable[[], str],
         scratch: Path,
@@ -52,6 +57,7 @@ class Datasets:
         self._store = store
         self._objects = objects
         self._limits = limits
+        self._ingester = ingester
         self._clock = clock
         self._random_suffix = random_suffix
         self._scratch = scratch
@@ -62,36 +68,40 @@ class Datasets:
     def ingest(self, principal: Principal, upload: Upload) -> Dataset:
         """Check every row, split the rows, store them, then write the record.
 
-        Raises InvalidDataset that names the first invalid line, QuotaExceeded, StorageError, Unavailable.
+        Raises InvalidDataset that names the invalid rows, QuotaExceeded, StorageError, Unavailable.
         """
         principal.require(Scope.DATASETS_WRITE)
         self._quotas.check_upload(principal.tenant_id)
         dataset_id = f"dataset_{self._random_suffix()}"
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
-            ingested = self._read(upload, Path(folder))
-            stats = [each for each in (ingested.train, ingested.eval) if each is not None]
-            self._quotas.check_upload(principal.tenant_id, sum(each.size_bytes for each in stats))
-            splits = self._store_splits(ingested, Path(folder), dataset_id)
+        with self._run(upload, check_only=False) as (outcome, folder):
+            rows = _require_rows(outcome)
+            self._quotas.check_upload(principal.tenant_id, sum(split.size_bytes for split in rows.splits.values()))
+            splits = self._store_splits(rows, folder, dataset_id)
         dataset = Dataset(
             processed_dataset_id=dataset_id,
             tenant_id=principal.tenant_id,
             project_id=upload.project_id,
             name=upload.name,
-            dataset_type=ingested.dataset_type,
+            dataset_type=rows.dataset_type,
             splits=splits,
             digest=_digest(splits),
-            rows_uploaded=ingested.rows_read,
-            duplicates_dropped=ingested.duplicates_dropped,
-            images=ingested.images,
-            columns=ingested.columns,
-            prompt_form=ingested.prompt_form,
-            has_tools=ingested.has_tools,
-            has_weights=ingested.has_weights,
+            rows_uploaded=outcome.rows_read,
+            duplicates_dropped=rows.duplicates_dropped,
+            images=rows.images,
+            columns=rows.columns,
+            prompt_form=rows.prompt_form,
+            has_tools=rows.has_tools,
+            has_weights=rows.has_weights,
             created_at=self._clock(),
         )
         self._store.create_dataset(dataset)
         return dataset
+
+    def check(self, principal: Principal, upload: Upload) -> IngestOutcome:
+        """What an ingestion would find; nothing is kept. Raises Unavailable."""
+        principal.require(Scope.DATASETS_WRITE)
+        with self._run(upload, check_only=True) as (outcome, _):
+            return outcome
 
     @contextmanager
     def open_incoming(self, principal: Principal, key: str) -> Generator[BinaryIO]:
@@ -158,30 +168,54 @@ class Datasets:
             raise _no_dataset(dataset_id)
         return dataset
 
-    def _read(self, upload: Upload, folder: Path) -> IngestResult:
-        with (
-            (folder / TRAIN_SPLIT).open("w+b") as train,
-            (folder / EVAL_SPLIT).open("w+b") as held_out,
-            (folder / "scratch").open("w+b") as scratch,
-        ):
-            try:
-                return ingest(upload.stream, self._limits, upload.eval_fraction, SPLIT_SEED, train, held_out, scratch)
-            except InvalidRow as error:
-                raise InvalidDataset(f"line {error.line}: {error.reason}", param=error.field or "file") from error
+    @contextmanager
+    def _run(self, upload: Upload, *, check_only: bool) -> Generator[tuple[IngestOutcome, Path]]:
+        """Ingest in a folder of its own, which is deleted at the end."""
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._scratch) as name:
+            folder = Path(name)
+            source = folder / "source"
+            with source.open("wb") as file:
+                shutil.copyfileobj(upload.stream, file, 1 << 20)
+            output = folder / "output"
+            output.mkdir()
+            task = IngestTask(
+                files=(InputFile(path=str(source), name=upload.filename),),
+                options=upload.options,
+                limits=self._limits,
+                seed=SPLIT_SEED,
+                check_only=check_only,
+                output=str(output),
+            )
+            yield self._ingester.ingest(task), output
 
-    def _store_splits(self, ingested: IngestResult, folder: Path, dataset_id: str) -> dict[str, Split]:
-        stats_by_name: dict[str, SplitStats | None] = {TRAIN_SPLIT: ingested.train, EVAL_SPLIT: ingested.eval}
+    def _store_splits(self, rows: IngestedRows, folder: Path, dataset_id: str) -> dict[str, Split]:
         splits: dict[str, Split] = {}
-        for name, stats in stats_by_name.items():
-            if stats is not None and stats.rows:
-                key = f"datasets/{dataset_id}/{name}.jsonl"
-                self._objects.upload(folder / name, key, sha256=stats.sha256)
-                splits[name] = Split(rows=stats.rows, size_bytes=stats.size_bytes, sha256=stats.sha256, key=key)
+        for name, split in rows.splits.items():
+            key = f"datasets/{dataset_id}/{name}.jsonl"
+            self._objects.upload(folder / split.file, key, sha256=split.sha256)
+            splits[name] = Split(rows=split.rows, size_bytes=split.size_bytes, sha256=split.sha256, key=key)
         return splits
 
     def _read_first_rows(self, split: Split) -> list[object]:
         with self._objects.open_read(split.key) as stream:  # the ingestion has limited the length of every row
             return [_without_images(json.loads(stream.readline())) for _ in range(min(PREVIEW_ROWS, split.rows))]
+
+
+def _require_rows(outcome: IngestOutcome) -> IngestedRows:
+    """The rows that were kept. Raises InvalidDataset with what is wrong with the file, or with each of its first invalid rows."""
+    if outcome.refused:
+        raise InvalidDataset(outcome.refused.message, hint=outcome.refused.hint, param=outcome.refused.param)
+    if outcome.rows is None:
+        first, *others = [_invalid_row(problem) for problem in outcome.problems[:MAX_TOLD_PROBLEMS]]
+        first.others = tuple(others)
+        raise first
+    return outcome.rows
+
+
+def _invalid_row(problem: RowProblem) -> InvalidDataset:
+    field = f"{problem.field} " if problem.field else ""
+    return InvalidDataset(f"{problem.place}: {field}{problem.reason}", param=problem.field or "file")
 
 
 def _no_dataset(dataset_id: str) -> NotFound:

@@ -15,7 +15,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from service.core.datasets.values import InvalidValue, as_object, check_keys, describe_type, preview
+from jobs.ingest.rows.values import InvalidValue, as_object, check_keys, describe_type, preview
 
 Format = Literal["png", "jpeg", "webp"]
 

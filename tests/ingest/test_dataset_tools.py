@@ -1,30 +1,27 @@
 """Rows with tools, calls and weights in OpenAI's form: what is accepted, how it is stored, what is rejected."""
 
-import io
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schema.dataset import Dataset
-from service.core.datasets.records import Upload
-from service.core.datasets.rows import InvalidRow, RowLimits, read_rows
-from service.core.principals import LOCAL_PRINCIPAL
+from schema.ingestion import IngestedRows
 from tests.attack import hostile_tools
-from tests.unit.dataset_harness import (
+from tests.ingest.dataset_harness import (
     CHOSEN_ANSWER,
     PREFERENCE,
     QUESTION,
     REJECTED_ANSWER,
     SYSTEM,
+    InvalidRow,
     get_bytes_error,
     get_row_error,
-    make_datasets,
+    ingest_bytes,
     make_image_part,
     make_vision_row,
+    parse_rows,
     read_bytes,
     store_rows,
     to_jsonl,
@@ -59,8 +56,8 @@ def change_function(**changes: Any) -> list[object]:
     return change_call(function={**CALL["function"], **changes})  # type: ignore[dict-item]
 
 
-def make_dataset(folder: Path, *rows: object) -> Dataset:
-    return make_datasets(folder).ingest(LOCAL_PRINCIPAL, Upload(io.BytesIO(to_jsonl(rows)), "rows", None, 0.0))
+def make_dataset(*rows: object) -> IngestedRows:
+    return ingest_bytes(to_jsonl(rows)).rows
 
 
 # --- what is stored --------------------------------------------------------------------------------------------------
@@ -130,10 +127,10 @@ def test_forms_of_a_call_are_stored_alike(message: object) -> None:
 
 
 @pytest.mark.parametrize("nothing", [None, []])
-def test_empty_tools_are_no_tools(nothing: object, tmp_path: Path) -> None:
+def test_empty_tools_are_no_tools(nothing: object) -> None:
     plain = {"messages": [QUESTION, CHOSEN_ANSWER]}
     assert store_rows({"tools": nothing, "messages": [QUESTION, {**CHOSEN_ANSWER, "tool_calls": nothing}]}) == [plain]
-    assert not make_dataset(tmp_path, {**plain, "tools": nothing}).has_tools
+    assert not make_dataset({**plain, "tools": nothing}).has_tools
 
 
 def test_developer_is_stored_as_system() -> None:
@@ -155,8 +152,8 @@ def test_unknown_details_of_a_tool_are_kept() -> None:
     assert store_rows(row) == [row]
 
 
-def test_rows_with_and_without_tools_may_be_mixed(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, {"messages": [QUESTION, CHOSEN_ANSWER]}, ROW)
+def test_rows_with_and_without_tools_may_be_mixed() -> None:
+    dataset = make_dataset({"messages": [QUESTION, CHOSEN_ANSWER]}, ROW)
     assert (dataset.has_tools, dataset.has_weights, dataset.prompt_form) == (True, False, "messages")
 
 
@@ -173,32 +170,16 @@ def test_rows_with_and_without_tools_may_be_mixed(tmp_path: Path) -> None:
         ({"messages": [QUESTION, {**CHOSEN_ANSWER, "weight": 0}, QUESTION, CHOSEN_ANSWER]}, "messages", False, True),
     ],
 )
-def test_dataset_records_form_tools_and_weights(row: object, prompt_form: str, has_tools: bool, has_weights: bool, tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, row)
+def test_dataset_records_form_tools_and_weights(row: object, prompt_form: str, has_tools: bool, has_weights: bool) -> None:
+    dataset = make_dataset(row)
     assert (dataset.prompt_form, dataset.has_tools, dataset.has_weights) == (prompt_form, has_tools, has_weights)
-
-
-def test_record_from_before_has_no_tools_and_unknown_form(tmp_path: Path) -> None:
-    record = make_dataset(tmp_path, ROW).model_dump(mode="json")
-    for field in ("prompt_form", "has_tools", "has_weights"):
-        del record[field]
-    dataset = Dataset.model_validate(record)
-    assert (dataset.prompt_form, dataset.has_tools, dataset.has_weights) == (None, False, False)
-
-
-def test_preview_shows_arguments_as_they_are(tmp_path: Path) -> None:
-    datasets = make_datasets(tmp_path)
-    drawing = {**CALLING, "tool_calls": [{**CALL, "function": {"name": "draw", "arguments": {"type": "image", "image": "a, b"}}}]}
-    row = {"messages": [QUESTION, drawing]}
-    dataset = datasets.ingest(LOCAL_PRINCIPAL, Upload(io.BytesIO(to_jsonl([row])), "rows", None, 0.0))
-    assert datasets.preview(LOCAL_PRINCIPAL, dataset.processed_dataset_id) == {"train": [row]}
 
 
 # --- what is held out ------------------------------------------------------------------------------------------------
 
 
 def read_prompt_digests(*rows: object) -> list[bytes]:
-    return [row.prompt_digest for row in read_rows(io.BytesIO(to_jsonl(rows)), RowLimits())]
+    return [row.prompt_digest for row in parse_rows(to_jsonl(rows))]
 
 
 def test_tools_belong_to_the_prompt() -> None:

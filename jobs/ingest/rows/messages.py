@@ -7,9 +7,9 @@ parts if one is an image. A message of role `developer` is stored as one of `sys
 from collections.abc import Iterator, Sequence
 from typing import Literal, NotRequired, TypedDict, cast
 
-from service.core.datasets.images import is_image_part, normalize_image_part
-from service.core.datasets.tools import ToolCall, parse_call_id, parse_function_name, parse_tool_calls
-from service.core.datasets.values import (
+from jobs.ingest.rows.images import is_image_part, normalize_image_part
+from jobs.ingest.rows.tools import ToolCall, parse_call_id, parse_function_name, parse_tool_calls
+from jobs.ingest.rows.values import (
     InvalidValue,
     JsonObject,
     Number,

@@ -13,8 +13,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from service.core.datasets.images import MAX_ROW_PIXELS, MAX_SIDE_PX
-from service.core.datasets.rows import InvalidRow, RowLimits, read_rows
+from jobs.ingest.rows.images import MAX_ROW_PIXELS, MAX_SIDE_PX
+from schema.ingestion import IngestLimits
+from tests.ingest.dataset_harness import InvalidRow, get_bytes_error, ingest_bytes
 
 SIDE = MAX_SIDE_PX
 MIB = 1 << 20
@@ -117,10 +118,8 @@ def make_line(*images: tuple[str, bytes]) -> bytes:
     return json.dumps({"messages": messages}).encode() + b"\n"
 
 
-def refuse(upload: bytes, limits: RowLimits | None = None) -> InvalidRow:
-    with pytest.raises(InvalidRow) as excinfo:
-        list(read_rows(io.BytesIO(upload), limits or RowLimits()))
-    return excinfo.value
+def refuse(upload: bytes, limits: IngestLimits | None = None) -> InvalidRow:
+    return get_bytes_error(upload, limits)
 
 
 def test_there_are_forty_bombs() -> None:
@@ -148,8 +147,8 @@ def test_row_of_many_large_images_ends_at_its_limit() -> None:
 
 def test_dataset_of_many_images_ends_at_its_limit() -> None:
     line = make_line(("png", save("PNG", 100, 100)))
-    limits = RowLimits(max_pixels=30_000)
-    assert len(list(read_rows(io.BytesIO(line * 3), limits))) == 3
+    limits = IngestLimits(max_pixels=30_000)
+    assert ingest_bytes(line * 3, limits=limits).outcome.rows_read == 3
     refused = refuse(line * 4, limits)
     assert refused.line == 4
     assert "30,000 pixels" in refused.reason

@@ -1,63 +1,36 @@
 """Uploads: what is accepted, what is rejected, and which rows are held out."""
 
-import hashlib
 import io
 import json
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.core.datasets.rows import IngestResult, InvalidRow, Row, RowLimits, Splitter, ingest, read_rows
+from jobs.ingest.formats.jsonl import read_jsonl
+from jobs.ingest.splitting import Splitter
+from schema.ingestion import IngestLimits, RowProblem
+from tests.ingest.dataset_harness import IngestResult, InvalidRow, get_bytes_error, ingest_bytes, parse_rows, read_bytes
 
 QUICK_SETTINGS = settings(max_examples=60, deadline=None, database=None)
 QUESTION = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "So."}
 
 
-@dataclass(frozen=True)
-class UploadOutcome:
-    """An upload and what was written for it."""
-
-    ingested: IngestResult
-    train: list[bytes]
-    held_out: list[bytes]
-
-
-def upload(*rows: object, eval_fraction: float = 0.0, seed: int = 0, limits: RowLimits | None = None) -> UploadOutcome:
-    return upload_bytes(to_jsonl(*rows), eval_fraction=eval_fraction, seed=seed, limits=limits)
-
-
-def upload_bytes(content: bytes, *, eval_fraction: float = 0.0, seed: int = 0, limits: RowLimits | None = None) -> UploadOutcome:
-    train, held_out = io.BytesIO(), io.BytesIO()
-    ingested = ingest(io.BytesIO(content), limits or RowLimits(), eval_fraction, seed, train, held_out, io.BytesIO())
-    assert ingested.train.size_bytes == len(train.getvalue())
-    assert ingested.train.sha256 == hashlib.sha256(train.getvalue()).hexdigest()
-    assert (ingested.eval.sha256 if ingested.eval else None) == (hashlib.sha256(held_out.getvalue()).hexdigest() if ingested.eval else None)
-    return UploadOutcome(ingested, split_lines(train), split_lines(held_out))
-
-
-def split_lines(stream: io.BytesIO) -> list[bytes]:
-    return stream.getvalue().split(b"\n")[:-1]
+def upload(*rows: object, eval_fraction: float = 0.0, seed: int = 0, limits: IngestLimits | None = None) -> IngestResult:
+    return ingest_bytes(to_jsonl(*rows), eval_fraction=eval_fraction, seed=seed, limits=limits)
 
 
 def to_jsonl(*rows: object) -> bytes:
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
-def get_row_error(content: bytes, limits: RowLimits | None = None) -> InvalidRow:
-    with pytest.raises(InvalidRow) as excinfo:
-        upload_bytes(content, limits=limits)
-    return excinfo.value
+def get_row_error(content: bytes, limits: IngestLimits | None = None) -> InvalidRow:
+    return get_bytes_error(content, limits)
 
 
 def make_text_rows(count: int) -> list[object]:
     return [{"text": f"row {number}"} for number in range(count)]
-
-
-def parse_rows(*rows: object) -> list[Row]:
-    return list(read_rows(io.BytesIO(to_jsonl(*rows)), RowLimits()))
 
 
 # --- what is accepted ------------------------------------------------------------------------------------------------
@@ -75,31 +48,34 @@ def parse_rows(*rows: object) -> list[Row]:
 )
 def test_each_format_is_stored_unchanged(row: object, dataset_type: str) -> None:
     outcome = upload(row)
-    assert outcome.ingested.dataset_type == dataset_type
+    assert outcome.rows.dataset_type == dataset_type
     assert [json.loads(line) for line in outcome.train] == [row]
 
 
 def test_keys_are_stored_in_fixed_order_on_one_line() -> None:
-    (row,) = parse_rows({"completion": "b\n", "prompt": "a"})
+    (row,) = parse_rows(to_jsonl({"completion": "b\n", "prompt": "a"}))
     assert row.canonical == b'{"prompt":"a","completion":"b\\n"}'
 
 
 def test_typed_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "So"}, {"text": ".", "type": "text"}]
-    joined, plain = parse_rows({"messages": [QUESTION, {"role": "assistant", "content": parts}]}, {"messages": [QUESTION, ANSWER]})
+    joined, plain = parse_rows(
+        to_jsonl({"messages": [QUESTION, {"role": "assistant", "content": parts}]}, {"messages": [QUESTION, ANSWER]})
+    )
     assert joined.canonical == plain.canonical
 
 
 def test_bom_crlf_and_blank_lines_are_accepted() -> None:
-    rows = list(read_rows(io.BytesIO(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"text": "b"}'), RowLimits()))
-    assert [(row.line, row.canonical) for row in rows] == [(1, b'{"text":"a"}'), (4, b'{"text":"b"}')]
+    content = b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"text": "b"}'
+    assert list(read_jsonl(io.BytesIO(content), IngestLimits())) == [(1, b'{"text": "a"}', ""), (4, b'{"text": "b"}', "")]
+    assert read_bytes(content) == [b'{"text":"a"}', b'{"text":"b"}']
 
 
 def test_row_at_size_limit_is_accepted() -> None:
     row = to_jsonl({"text": "x" * 50})
-    limits = RowLimits(max_row_bytes=len(row) - 1)
-    assert upload_bytes(b"\xef\xbb\xbf" + row[:-1] + b"\r\n" + row, limits=limits).ingested.rows_read == 2
-    assert get_row_error(row, RowLimits(max_row_bytes=len(row) - 2)).line == 1
+    limits = IngestLimits(max_row_bytes=len(row) - 1)
+    assert ingest_bytes(b"\xef\xbb\xbf" + row[:-1] + b"\r\n" + row, limits=limits).outcome.rows_read == 2
+    assert get_row_error(row, IngestLimits(max_row_bytes=len(row) - 2)).line == 1
 
 
 # --- what is rejected, where and why ---------------------------------------------------------------------------------
@@ -204,12 +180,12 @@ def test_mixed_strings_and_messages_in_column_are_rejected() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf"])
 def test_file_without_rows_is_rejected(content: bytes) -> None:
-    assert get_row_error(content).reason.startswith("no rows")
+    assert get_row_error(content).reason.startswith("there are no rows")
 
 
 def test_row_count_over_limit_is_rejected() -> None:
-    limits = RowLimits(max_rows=2)
-    assert upload(*make_text_rows(2), limits=limits).ingested.rows_read == 2
+    limits = IngestLimits(max_rows=2)
+    assert upload(*make_text_rows(2), limits=limits).outcome.rows_read == 2
     assert "more than 2 rows" in get_row_error(to_jsonl(*make_text_rows(3)), limits).reason
 
 
@@ -221,22 +197,22 @@ class EndlessLine(io.RawIOBase):
     def readline(self, size: int | None = -1, /) -> bytes:
         assert size is not None
         assert size >= 0, "the whole line was requested"
+        if self.read_bytes > 1000:
+            return b""  # what reads on skips the line
         self.read_bytes += size
         return b"x" * size
 
 
 def test_endless_line_is_rejected_at_limit() -> None:
     stream = EndlessLine()
-    with pytest.raises(InvalidRow, match="longer than 1,000 bytes"):
-        next(read_rows(stream, RowLimits(max_row_bytes=1000)))  # type: ignore[arg-type]  # it has the one method that read_rows calls
+    problem = next(read_jsonl(stream, IngestLimits(max_row_bytes=1000)))  # type: ignore[arg-type]  # it has the one method that is called
+    assert isinstance(problem, RowProblem)
+    assert "longer than 1,000 bytes" in problem.reason
     assert stream.read_bytes < 1100
 
 
 def test_nothing_is_written_when_last_row_is_invalid() -> None:
-    train, held_out = io.BytesIO(), io.BytesIO()
-    with pytest.raises(InvalidRow):
-        ingest(io.BytesIO(to_jsonl(*make_text_rows(5)) + b"{"), RowLimits(), 0.5, 0, train, held_out, io.BytesIO())
-    assert (train.getvalue(), held_out.getvalue()) == (b"", b"")
+    assert get_row_error(to_jsonl(*make_text_rows(5)) + b"{").line == 6  # the harness asserts that the folder is empty
 
 
 def test_row_with_too_many_columns_is_rejected_quickly() -> None:
@@ -249,19 +225,19 @@ def test_row_with_too_many_columns_is_rejected_quickly() -> None:
 
 @pytest.mark.parametrize(("rows", "eval_fraction", "held_out"), [(100, 0.1, 10), (1000, 0.05, 50), (3, 0.5, 2), (2, 0.01, 1), (7, 0.0, 0)])
 def test_requested_fraction_is_held_out(rows: int, eval_fraction: float, held_out: int) -> None:
-    ingested = upload(*make_text_rows(rows), eval_fraction=eval_fraction).ingested
-    assert (ingested.eval.rows if ingested.eval else 0) == held_out
-    assert ingested.train.rows == rows - held_out
+    splits = upload(*make_text_rows(rows), eval_fraction=eval_fraction).rows.splits
+    assert (splits["eval"].rows if "eval" in splits else 0) == held_out
+    assert splits["train"].rows == rows - held_out
 
 
 def test_single_row_is_used_for_training() -> None:
-    ingested = upload(*make_text_rows(1), eval_fraction=0.5).ingested
-    assert (ingested.train.rows, ingested.eval) == (1, None)
+    splits = upload(*make_text_rows(1), eval_fraction=0.5).rows.splits
+    assert (splits["train"].rows, "eval" in splits) == (1, False)
 
 
 def test_single_prompt_is_not_held_out() -> None:
-    ingested = upload(*({"prompt": "Why?", "completion": f"{n}"} for n in range(9)), eval_fraction=0.5).ingested
-    assert (ingested.train.rows, ingested.eval) == (9, None)
+    splits = upload(*({"prompt": "Why?", "completion": f"{n}"} for n in range(9)), eval_fraction=0.5).rows.splits
+    assert (splits["train"].rows, "eval" in splits) == (9, False)
 
 
 def test_smallest_prompt_group_is_held_out_when_all_are_too_large() -> None:
@@ -273,7 +249,7 @@ def test_smallest_prompt_group_is_held_out_when_all_are_too_large() -> None:
 def test_duplicates_are_dropped_and_counted() -> None:
     outcome = upload({"text": "a"}, {"text": "b"}, {"text": "a"}, {"text": "a"})
     assert outcome.train == [b'{"text":"a"}', b'{"text":"b"}']
-    assert (outcome.ingested.rows_read, outcome.ingested.duplicates_dropped) == (4, 2)
+    assert (outcome.outcome.rows_read, outcome.rows.duplicates_dropped) == (4, 2)
 
 
 def test_another_seed_holds_out_other_rows() -> None:
@@ -321,16 +297,16 @@ VALID_ROWS = st.one_of(
 @given(VALID_ROWS, st.booleans())
 def test_content_is_never_changed(rows: list[object], escaped: bool) -> None:
     content = b"".join(json.dumps(row, ensure_ascii=escaped).encode() + b"\r\n" for row in rows)
-    assert [json.loads(row.canonical) for row in read_rows(io.BytesIO(content), RowLimits())] == rows
+    assert [json.loads(line) for line in read_bytes(content)] == rows
 
 
 @QUICK_SETTINGS
 @given(PAIRS, FRACTIONS, SEEDS)
 def test_splits_are_disjoint_complete_and_share_no_prompt(rows: list[object], eval_fraction: float, seed: int) -> None:
     outcome = upload(*rows, eval_fraction=eval_fraction, seed=seed)
-    distinct = {row.canonical for row in parse_rows(*rows)}
+    distinct = {row.canonical for row in parse_rows(to_jsonl(*rows))}
     assert sorted(outcome.train + outcome.held_out) == sorted(distinct)
-    assert outcome.ingested.duplicates_dropped == len(rows) - len(distinct)
+    assert outcome.rows.duplicates_dropped == len(rows) - len(distinct)
     assert not get_prompts(outcome.train) & get_prompts(outcome.held_out)
     assert outcome.train
     assert bool(outcome.held_out) == (eval_fraction > 0 and len(get_prompts(distinct)) > 1)
@@ -351,9 +327,8 @@ def test_row_order_does_not_affect_splits(orders: tuple[list[object], list[objec
 @QUICK_SETTINGS
 @given(st.lists(CONTENT, min_size=2, max_size=60, unique=True), FRACTIONS.filter(bool), SEEDS)
 def test_distinct_prompts_give_exact_held_out_count(contents: list[str], eval_fraction: float, seed: int) -> None:
-    ingested = upload(*({"text": text} for text in contents), eval_fraction=eval_fraction, seed=seed).ingested
-    assert ingested.eval is not None
-    assert ingested.eval.rows == max(1, round(eval_fraction * len(contents)))
+    splits = upload(*({"text": text} for text in contents), eval_fraction=eval_fraction, seed=seed).rows.splits
+    assert splits["eval"].rows == max(1, round(eval_fraction * len(contents)))
 
 
 JSON = st.recursive(
@@ -380,10 +355,10 @@ ARBITRARY_BYTES = st.one_of(
 @given(ARBITRARY_BYTES, FRACTIONS, SEEDS)
 def test_any_upload_is_accepted_or_rejected_cleanly(content: bytes, eval_fraction: float, seed: int) -> None:
     try:
-        outcome = upload_bytes(content, eval_fraction=eval_fraction, seed=seed, limits=RowLimits(max_row_bytes=400, max_rows=10))
+        outcome = ingest_bytes(content, eval_fraction=eval_fraction, seed=seed, limits=IngestLimits(max_row_bytes=400, max_rows=10))
     except InvalidRow as error:
         assert error.line >= 1
         assert str(error).isprintable()
         str(error).encode()
     else:
-        assert outcome.ingested.train.rows >= 1
+        assert outcome.rows.splits["train"].rows >= 1

@@ -1,6 +1,6 @@
-"""The six formats of a row: how each is recognized, checked and stored.
+"""The six forms of a row: how each is recognized, checked and stored.
 
-`schema/dataset.py` describes the formats. An upload may write the content of a message as typed parts,
+`schema/dataset.py` describes the forms. An upload may write the content of a message as typed parts,
 `[{"type": "text", "text": "..."}]`: they are joined if all are texts, and stay a list if one is an image. It may leave out the
 prompt of a preference between two whole conversations; the prompt is then the beginning they share. Rows with and without tools may be
 in one dataset: a trainer reads rows one by one.
@@ -11,11 +11,10 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Literal, NamedTuple, cast
 
-from schema.dataset import PromptForm, TextDatasetType
-from service.core.datasets.images import MAX_ROW_PIXELS, check_image
-from service.core.datasets.messages import LastRole, Message, iter_calls, iter_image_parts, parse_conversation, parse_messages
-from service.core.datasets.tools import get_tool_names, parse_tools
-from service.core.datasets.values import (
+from jobs.ingest.rows.images import MAX_ROW_PIXELS, check_image
+from jobs.ingest.rows.messages import LastRole, Message, iter_calls, iter_image_parts, parse_conversation, parse_messages
+from jobs.ingest.rows.tools import get_tool_names, parse_tools
+from jobs.ingest.rows.values import (
     InvalidValue,
     JsonObject,
     Number,
@@ -24,9 +23,9 @@ from service.core.datasets.values import (
     describe_type,
     join_names,
     json_safe,
-    parse,
     preview,
 )
+from schema.dataset import PromptForm, TextDatasetType
 
 MAX_IMAGES = 16  # in a row
 MAX_COLUMNS = 32  # beside a prompt
@@ -76,10 +75,10 @@ class ValidatedRow(NamedTuple):
         return "messages" if "messages" in self.columns or isinstance(self.columns.get("prompt"), list) else "strings"
 
 
-def parse_row(line: bytes) -> ValidatedRow:
-    """Parse a line of an upload. Raises InvalidValue."""
-    columns = parse(line, EXPECTED_ROW)
-    row_format = _detect_format(columns)
+def check_row(columns: JsonObject) -> ValidatedRow:
+    """Check a row, whose columns are as `values.parse` makes them. Raises InvalidValue."""
+    columns = dict(columns)
+    row_format = detect_form(columns)
     tools = parse_tools(columns.pop(TOOLS_COLUMN, None), TOOLS_COLUMN)
     return _add_tools(_parse_columns(row_format, columns), tools)
 
@@ -126,9 +125,9 @@ def _add_tools(row: ValidatedRow, tools: list[JsonObject]) -> ValidatedRow:
     return row._replace(columns=row.columns | {TOOLS_COLUMN: tools}, prompt=prompt, has_tools=True)
 
 
-def _detect_format(columns: dict[str, object]) -> TextDatasetType:
+def detect_form(columns: dict[str, object]) -> TextDatasetType:
     """The format of a row, which must have all columns of that format and no others. Raises InvalidValue."""
-    row_format = _detect_format_by_columns(columns)
+    row_format = _detect_form_by_columns(columns)
     names = COLUMNS_BY_TYPE[row_format]
     for name in names:
         if name not in columns and not (row_format == "preference" and name == "prompt"):
@@ -142,7 +141,7 @@ def _detect_format(columns: dict[str, object]) -> TextDatasetType:
     return row_format
 
 
-def _detect_format_by_columns(columns: dict[str, object]) -> TextDatasetType:
+def _detect_form_by_columns(columns: dict[str, object]) -> TextDatasetType:
     if "messages" in columns:
         return "messages"
     if "text" in columns:

@@ -9,8 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import TypedDict, cast
 
-from schema.json_limits import FREE_FORM_LIMITS
-from service.core.datasets.values import (
+from jobs.ingest.rows.values import (
     InvalidValue,
     JsonObject,
     as_object,
@@ -23,6 +22,7 @@ from service.core.datasets.values import (
     parse_object,
     preview,
 )
+from schema.json_limits import FREE_FORM_LIMITS
 
 MAX_TOOLS = 128  # in a row, as in OpenAI's API
 MAX_CALLS = 128  # in a message

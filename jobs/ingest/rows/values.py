@@ -1,6 +1,6 @@
 """The values of a row: strict JSON parsing, and the checks on strings and numbers before they are stored.
 
-What is true of rows of any format belongs here; the formats themselves are in `formats.py`.
+What is true of rows of any format belongs here; the forms themselves are in `forms.py`.
 """
 
 import json
@@ -18,11 +18,15 @@ MAX_NUMBER_CHARS = 40  # more digits than any float has, and than 128 bits need
 
 
 class InvalidValue(ValueError):
-    """A value is not valid; its line is not known yet. `field` is a path such as messages[2].content, or empty."""
+    """A value is not valid; its line is not known yet.
 
-    def __init__(self, field: str, reason: str) -> None:
+    `field` is a path such as messages[2].content, or empty; `code` names the kind of problem, by which reports count.
+    """
+
+    def __init__(self, field: str, reason: str, code: str = "invalid") -> None:
         self.field = field
         self.reason = reason
+        self.code = code
         super().__init__(reason)
 
 

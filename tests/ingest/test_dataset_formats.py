@@ -1,29 +1,25 @@
 """Preferences and prompts for graders: what is accepted, how it is stored, what is rejected. The property tests include images."""
 
-import io
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.core.datasets.formats import MAX_COLUMNS
-from service.core.datasets.records import Upload
-from service.core.datasets.rows import InvalidRow, RowLimits
-from service.core.principals import LOCAL_PRINCIPAL
-from tests.unit.dataset_harness import (
+from jobs.ingest.rows.forms import MAX_COLUMNS
+from schema.ingestion import IngestLimits
+from tests.ingest.dataset_harness import (
     CHOSEN_ANSWER,
     LABELED_ROWS,
     PREFERENCE,
     QUESTION,
     REJECTED_ANSWER,
     SYSTEM,
+    InvalidRow,
     get_bytes_error,
     get_row_error,
     make_data_uri,
-    make_datasets,
     make_image_bytes,
     make_image_part,
     make_vision_row,
@@ -125,7 +121,7 @@ def test_label_must_be_boolean(label: object, kind: str) -> None:
 
 def test_identical_labels_are_rejected_with_counts() -> None:
     error = get_row_error(*[LABELED_ROWS[1]] * 3)
-    assert (error.line, error.field) == (3, "label")
+    assert error.field == "label"
     assert "0 rows are true and 3 are false" in error.reason
 
 
@@ -209,14 +205,6 @@ def test_rows_with_same_prompt_stay_in_one_split(make: Any) -> None:
     _, train, held_out = upload(*(make(prompt, n) for n in range(4) for prompt in "abcdefgh"), eval_fraction=0.3)
     assert len(held_out) == 8  # two prompts of four rows; nine or ten would split the rows of one prompt
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
-
-
-def test_prompt_dataset_records_columns(tmp_path: Path) -> None:
-    datasets = make_datasets(tmp_path)
-    row = {"prompt": "2 + 2 =", "level": 1, "answer": 10**39}
-    dataset = datasets.ingest(LOCAL_PRINCIPAL, Upload(io.BytesIO(to_jsonl([row])), "prompts", None, 0.0))
-    assert (dataset.dataset_type, dataset.columns, dataset.images) == ("prompt", ("answer", "level"), 0)
-    assert datasets.preview(LOCAL_PRINCIPAL, dataset.processed_dataset_id) == {"train": [row]}
 
 
 # --- what holds for every upload -------------------------------------------------------------------------------------
@@ -320,7 +308,7 @@ JSON = st.recursive(
 def test_any_upload_is_accepted_or_rejected_cleanly(rows: list[object], position: int, noise: bytes) -> None:
     content = to_jsonl(rows)
     try:
-        read_bytes(content[:position] + noise + content[position:], RowLimits(max_row_bytes=300, max_image_row_bytes=600))
+        read_bytes(content[:position] + noise + content[position:], IngestLimits(max_row_bytes=300, max_image_row_bytes=600))
     except InvalidRow as error:
         assert error.line >= 1
         assert str(error).isprintable()

@@ -1,0 +1,259 @@
+"""Ingestion: from the files that people have to the checked rows of a dataset. What is asked for, what was found, what is wrong.
+
+The service writes an `IngestTask` and starts `jobs.ingest`, which answers with an `IngestOutcome`; a large source is read by an attempt
+instead. Lines and rows count from 1. In a table the header is row 1, as a spreadsheet shows it.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from schema.base import ForwardCompatible, Strict, field_error
+from schema.dataset import PromptForm, TextDatasetType
+from schema.types import BaseModelId
+
+MAX_REPORTED_PROBLEMS = 1000  # bad rows that a report names; the others are counted
+REPORT_SAMPLE_ROWS = 20_000  # rows in which near-duplicates, languages and personal data are looked for, unless all are asked for
+
+FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+# The name of a column, or a template with columns in braces; "{{" is a brace.
+ColumnOrTemplate = Annotated[str, StringConstraints(min_length=1, max_length=10_000)]
+RoleName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+
+# The fields of a mapping that each type of dataset has, of which the first ones are required.
+MAPPED_FIELDS: dict[TextDatasetType, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "messages": (("messages",), ("system", "tools")),
+    "prompt_completion": (("prompt", "completion"), ("system", "tools")),
+    "text": (("text",), ()),
+    "preference": (("chosen", "rejected"), ("prompt", "system", "tools")),
+    "unpaired_preference": (("prompt", "completion", "label"), ("system", "tools")),
+    "prompt": (("prompt",), ("system", "tools", "keep")),
+}
+
+
+class RowMapping(Strict):
+    """How the columns of a file become rows. Each of the first fields is the name of a column, or a template such as
+    `"{instruction}\\n\\n{input}"`; which of them are given decides the type of the dataset."""
+
+    prompt: ColumnOrTemplate | None = None
+    completion: ColumnOrTemplate | None = None
+    text: ColumnOrTemplate | None = None
+    chosen: ColumnOrTemplate | None = None
+    rejected: ColumnOrTemplate | None = None
+    label: ColumnName | None = Field(None, description="A column of true and false, 1 and 0, or yes and no.")
+    messages: ColumnName | None = Field(None, description="A column with lists of messages, or with JSON text of such lists.")
+    system: ColumnOrTemplate | None = Field(None, description="Becomes a system message; prompt and answer then are messages too.")
+    tools: ColumnName | None = None
+    keep: tuple[ColumnName, ...] = Field((), max_length=32, description="More columns of a dataset of prompts, for graders.", strict=False)
+    role_key: ColumnName | None = Field(None, description="Of a message, the key of its role, such as `from`. Default: `role`.")
+    content_key: ColumnName | None = Field(None, description="Of a message, the key of its content, such as `value`. Default: `content`.")
+    roles: dict[RoleName, RoleName] = Field({}, max_length=32, description='Roles by the name that the file has: `{"gpt": "assistant"}`.')
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> "RowMapping":
+        if self.dataset_type is None:
+            forms = "; ".join(f"{name}: {', '.join(required)}" for name, (required, _) in MAPPED_FIELDS.items())
+            raise field_error("mapping", f"these fields make no row; what makes one: {forms}")
+        return self
+
+    @property
+    def dataset_type(self) -> TextDatasetType | None:
+        """The type of dataset that the given fields make; None if they make none."""
+        given = {name for name in ("prompt", "completion", "text", "chosen", "rejected", "label", "messages") if getattr(self, name)}
+        given |= {name for name in ("system", "tools", "keep") if getattr(self, name)}
+        for dataset_type, (required, optional) in MAPPED_FIELDS.items():
+            if set(required) <= given <= {*required, *optional}:
+                return dataset_type
+        return None
+
+
+class IngestOptions(Strict):
+    """What a caller chooses about a file. Everything that is left out is recognized."""
+
+    format: FormatName | None = Field(None, description="`jsonl`, `json`, `csv`, `parquet`, `arrow`, `xlsx` or `text`.")
+    encoding: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,40}$")] | None = Field(
+        None, description="Of a text file, such as `cp1252`. Default: UTF-8, or UTF-16 with a byte order mark."
+    )
+    delimiter: Annotated[str, StringConstraints(min_length=1, max_length=1)] | None = Field(None, description="Of a CSV file.")
+    sheet: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = Field(
+        None, description="Of a spreadsheet. Default: the only one that has rows."
+    )
+    text_unit: Literal["file", "paragraph", "line"] = Field("paragraph", description="What becomes one row of a text file.")
+    mapping: RowMapping | None = None
+    eval_fraction: float = Field(0.1, ge=0, le=0.5, description="Share of the rows held out for evaluation.")
+    on_invalid: Literal["refuse", "drop"] = Field(
+        "refuse", description="`refuse` keeps nothing if a row is not valid; `drop` keeps the others, and counts those that are dropped."
+    )
+    base_model_id: BaseModelId | None = Field(None, description="Count tokens with the tokenizer of this base model.")
+    max_seq_length: int | None = Field(None, ge=8, le=1_048_576, description="Count the rows that are longer, in tokens.")
+    full_report: bool = Field(False, description="Look for near-duplicates, languages and personal data in all rows, not in a sample.")
+
+
+class IngestLimits(ForwardCompatible):
+    """The size limits of one ingestion. Sizes are bytes after decompression."""
+
+    max_row_bytes: int = 1 << 20  # without its images
+    max_image_row_bytes: int = 16 << 20  # with them
+    max_rows: int = 1_000_000
+    max_pixels: int = 20_000_000_000  # of all images: to decode them takes about ten seconds per 10⁹
+    max_total_bytes: int = 16 << 30  # of all files of an archive together
+    max_parts: int = 10_000  # files in an archive or folder
+    max_columns: int = 1000  # of a table
+    max_memory_bytes: int = 4 << 30  # that the process may address
+
+
+class InputFile(ForwardCompatible):
+    """A file on the machine that ingests it."""
+
+    path: str
+    name: str  # as the caller named it, with its suffix: rows.csv.gz
+
+
+class IngestTask(ForwardCompatible):
+    """What `jobs.ingest` must do. It reads nothing but these files and writes to `output` only."""
+
+    files: tuple[InputFile, ...]
+    options: IngestOptions = IngestOptions()  # type: ignore[call-arg]  # pyright: every field has a default
+    limits: IngestLimits = IngestLimits()
+    seed: int = 42
+    check_only: bool = False  # look for all problems, write no rows
+    output: str  # an empty folder: train.jsonl, eval.jsonl, outcome.json
+    tokenizer_folder: str | None = None  # with the tokenizer's files of options.base_model_id
+
+
+class RowProblem(ForwardCompatible):
+    """What is wrong with one row."""
+
+    part: str = ""  # the file in an archive or folder, or the sheet; empty for a single file
+    line: int
+    unit: Literal["line", "row"] = "line"  # what `line` counts: a table has rows, of which the header is the first
+    field: str = ""  # a path such as messages[2].content; empty for the whole row
+    reason: str  # what is wrong and what would work
+    code: str  # the kind of problem, for counts: empty, not_json, missing_field, …
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+        return f"{self.part} {self.unit} {self.line}".lstrip()
+
+
+class InputProblem(ForwardCompatible):
+    """Why a file as a whole cannot be read, or an option does not fit it."""
+
+    message: str
+    hint: str = ""
+    param: str = "file"
+
+
+class Detected(ForwardCompatible):
+    """What a file was taken for. A caller can send `mapping` back, with changes."""
+
+    format: FormatName
+    container: Literal["gzip", "zstd", "zip", "folder"] | None = None
+    encoding: str | None = None  # of a text file
+    delimiter: str | None = None
+    sheet: str | None = None
+    parts: int = 1  # files or sheets
+    shape: str  # the form of the records: native, openai, sharegpt, alpaca, question_answer, dpo_pair, mapped, …
+    dataset_type: TextDatasetType
+    mapping: RowMapping | None = None  # None: the records are rows as they are
+    columns: tuple[str, ...] = ()  # of the file
+    unused_columns: tuple[str, ...] = ()  # which become part of no row
+    reason: str = ""  # one line, for people
+
+
+class WrittenSplit(ForwardCompatible):
+    """One split, written as a file of JSON lines to the output folder."""
+
+    file: str
+    rows: int
+    size_bytes: int
+    sha256: str
+
+
+class IngestedRows(ForwardCompatible):
+    """What is true of the rows that were kept."""
+
+    dataset_type: TextDatasetType
+    splits: dict[str, WrittenSplit]
+    duplicates_dropped: int = 0
+    images: int = 0
+    columns: tuple[str, ...] = ()
+    prompt_form: PromptForm
+    has_tools: bool = False
+    has_weights: bool = False
+
+
+class TokenLengths(ForwardCompatible):
+    """How many tokens rows have, by one tokenizer and its chat template; of a pair the longer answer."""
+
+    base_model_id: str
+    tokenizer_digest: str  # of the tokenizer's files
+    exact: bool  # rendered with the chat template; otherwise the contents were counted, and what a template adds was estimated
+    rows: int
+    total_tokens: int
+    mean: float
+    percentiles: dict[str, int]  # "50", "90", "95", "99", "100"
+    histogram: tuple[
+        tuple[int, int], ...
+    ]  # (largest length of the bucket, rows), ascending; the lengths are powers of 2 and halves between
+    longest: tuple[int, ...] = ()  # of the longest rows, descending
+    max_seq_length: int | None = None
+    truncated_rows: int | None = None  # longer than max_seq_length
+
+
+class NearDuplicates(ForwardCompatible):
+    """Rows that nearly say the same, in different splits: an evaluation on them is too good."""
+
+    compared_rows: int
+    held_out_rows_with_a_near_duplicate: int
+    examples: tuple[tuple[int, int], ...] = ()  # the held-out row and the training row, by their numbers in the splits
+
+
+class Finding(ForwardCompatible):
+    """Something that a person should look at. Nothing is changed or dropped for it."""
+
+    kind: str  # "email", "phone", "credit_card", "private_key", "aws_access_key", …
+    rows: int
+    first_rows: tuple[int, ...] = ()  # numbers of rows in the training split
+
+
+class DatasetReport(ForwardCompatible):
+    """Everything that was found about the rows of a dataset."""
+
+    rows_read: int
+    rows_kept: int
+    dropped: dict[str, int] = Field(default={})  # by reason: duplicate, and with on_invalid "drop" the codes of the problems
+    problems: tuple[RowProblem, ...] = ()  # the first of the rows that were dropped as not valid
+    characters: int = 0  # of all texts that a model reads or learns
+    sampled_rows: int = 0  # in which the following were looked for
+    near_duplicates: NearDuplicates | None = None
+    languages: dict[str, float] = Field(default={})  # share of the rows by ISO 639-1 code; "und" where it cannot be told
+    personal_data: tuple[Finding, ...] = ()
+    secrets: tuple[Finding, ...] = ()
+    token_lengths: TokenLengths | None = None
+    warnings: tuple[str, ...] = ()  # one line each, for people
+
+
+class IngestOutcome(ForwardCompatible):
+    """What an ingestion found. Exactly one of these is true: `refused` says why, or `rows` were kept, or only a check was asked for."""
+
+    refused: InputProblem | None = None  # the file as a whole
+    detected: Detected | None = None
+    rows_read: int = 0
+    problems: tuple[RowProblem, ...] = ()  # the first MAX_REPORTED_PROBLEMS
+    problem_count: int = 0
+    problem_counts: dict[str, int] = Field(default={})  # by code
+    samples: tuple[dict[str, object], ...] = ()  # the first rows as they would be stored, for confirmation
+    rows: IngestedRows | None = None
+    report: DatasetReport | None = None
+
+
+class IngestProgress(ForwardCompatible):
+    """One line of standard output while an ingestion runs."""
+
+    rows: int
+    bytes_read: int
+    total_bytes: int
+    phase: Literal["reading", "splitting", "reporting"] = "reading"

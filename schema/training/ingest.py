@@ -1,0 +1,27 @@
+"""The configuration of a job that makes a dataset from a source that is too large for a request. `POST /datasets` creates it, no caller."""
+
+from typing import ClassVar, Literal
+
+from schema.ingestion import IngestLimits, IngestOptions
+from schema.training.base import ArtifactKindInfo, BaseTrainingConfig
+from schema.types import DatasetType, Phase
+
+
+class IngestConfig(BaseTrainingConfig):
+    """Read a source, check its rows and write the splits of a dataset."""
+
+    family: ClassVar[str] = "ingest"
+    environment: ClassVar[str] = "data"
+    train: ClassVar[str] = "jobs.ingest.family:train"
+    check_export: ClassVar[str] = "jobs.ingest.family:check_export"
+    export: ClassVar[str] = "jobs.ingest.family:export"
+    probe: ClassVar[str] = "jobs.ingest.probe:probe"
+    dataset_types: ClassVar[tuple[DatasetType, ...]] = ()
+    artifact_kinds: ClassVar[tuple[ArtifactKindInfo, ...]] = ()
+    out_of_memory_hint: ClassVar[str] = "split the source into several files, or save it as JSON lines or Parquet"
+    phases: ClassVar[tuple[Phase, ...]] = ("downloading", "reading", "reporting", "uploading")
+
+    trainer_type: Literal["ingest"] = "ingest"
+    source: str  # incoming/…, gs://…, s3://…, hf://… or https://…
+    options: IngestOptions
+    limits: IngestLimits
