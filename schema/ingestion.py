@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from schema.base import ForwardCompatible, Strict, field_error
-from schema.dataset import PromptForm, TextDatasetType
-from schema.types import BaseModelId
+from schema.types import BaseModelId, PromptForm, TextDatasetType
 
 MAX_REPORTED_PROBLEMS = 1000  # bad rows that a report names; the others are counted
 REPORT_SAMPLE_ROWS = 20_000  # rows in which near-duplicates, languages and personal data are looked for, unless all are asked for
@@ -170,6 +169,7 @@ class WrittenSplit(ForwardCompatible):
     rows: int
     size_bytes: int
     sha256: str
+    index_file: str | None = None  # byte offsets of rows 0, 256, 512, …: unsigned 64-bit integers, little-endian
 
 
 class IngestedRows(ForwardCompatible):
