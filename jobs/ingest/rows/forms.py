@@ -34,7 +34,7 @@ from jobs.ingest.rows.values import (
     preview,
     suggest,
 )
-from schema.dataset import PromptForm, TextDatasetType
+from schema.types import PromptForm, TextDatasetType
 
 MAX_IMAGES = 16  # in a row
 MAX_COLUMNS = 32  # beside a prompt
