@@ -5,6 +5,7 @@ column that no trainer would use is refused, and what is dropped is counted. A c
 """
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -13,12 +14,11 @@ from typing import BinaryIO, Literal
 
 from jobs.ingest.formats import OpenedInput, open_input
 from jobs.ingest.mapping import SAMPLE_RECORDS, RowMapper, choose_mapper
-from jobs.ingest.records import InvalidInput, Record
+from jobs.ingest.reading import PlacedRow, RowReader, parse_record, read_rows, read_rows_concurrently
+from jobs.ingest.records import InvalidInput
 from jobs.ingest.rows.consistency import ConsistencyChecker
-from jobs.ingest.rows.forms import EXPECTED_ROW, ValidatedRow, check_row
-from jobs.ingest.rows.row import Row, make_row
-from jobs.ingest.rows.size import check_text_size
-from jobs.ingest.rows.values import InvalidValue, JsonObject, is_json_safe, parse, preview
+from jobs.ingest.rows.row import Row
+from jobs.ingest.rows.values import InvalidValue, JsonObject, is_json_safe, preview
 from jobs.ingest.splitting import Splitter, SplitWriter
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.ingestion import (
@@ -27,7 +27,6 @@ from schema.ingestion import (
     DatasetReport,
     Detected,
     IngestedRows,
-    IngestLimits,
     IngestOutcome,
     IngestProgress,
     IngestTask,
@@ -35,6 +34,7 @@ from schema.ingestion import (
 )
 from schema.row_preview import shorten_images
 
+MIN_WORKER_BYTES = 32 << 20  # of a file; smaller ones are read before workers would pay
 PROGRESS_ROWS = 20_000  # between two reports
 SHOWN_ROWS = 3
 SAMPLED_BYTES = 8 << 20  # of the first records; in memory, a list of short values takes twenty times its bytes
@@ -74,30 +74,6 @@ class ProblemLog:
         self.total += 1
 
 
-class RowReader:
-    """Turns records into checked rows."""
-
-    def __init__(self, mapper: RowMapper, limits: IngestLimits, unit: Literal["line", "row"] = "line") -> None:
-        self.consistency = ConsistencyChecker(unit)
-        self._mapper = mapper
-        self._limits = limits
-        self._pixels = 0
-
-    def read(self, record: Record) -> tuple[Row, ValidatedRow]:
-        """The row of a record. Raises InvalidValue."""
-        content = check_row(self._mapper.convert(parse_record(record)))
-        row = make_row(content)
-        if isinstance(record.content, dict) or len(record.content) > self._limits.max_row_bytes:
-            check_text_size(row, content, self._limits)
-        pixels = self._pixels + content.images.pixels
-        if pixels > self._limits.max_pixels:
-            reason = f"more than {self._limits.max_pixels:,} pixels in the images so far; scale them down, or split the file"
-            raise InvalidValue("", reason, "too_many")
-        self.consistency.add(record, content)
-        self._pixels = pixels
-        return row, content
-
-
 class _Ingestion:
     """One run of the pipeline."""
 
@@ -108,6 +84,10 @@ class _Ingestion:
         self._problems = ProblemLog()
         self._splitter = Splitter(task.options.eval_fraction, task.seed)
         self._opened = open_input(task.files, task.options, task.limits)
+        self._sample = _read_sample(self._opened)
+        self._mapper = choose_mapper(self._sample, task.options, self._opened.columns)
+        self._reader = RowReader(self._mapper, task.limits, self._opened.unit)
+        self._consistency = ConsistencyChecker(task.limits.max_pixels, self._opened.unit)
         self._rows_read = 0
         self._images = 0
         self._has_tools = False
@@ -117,16 +97,12 @@ class _Ingestion:
     def run(self) -> IngestOutcome:
         """Read everything; then split and report, if the rows are valid, or those that are not are to be dropped."""
         task, opened = self._task, self._opened
-        sample = _read_sample(opened)
-        mapper = choose_mapper(sample, task.options, opened.columns)
-        detected = _describe(opened, mapper, sample)
-        reader = RowReader(mapper, task.limits, opened.unit)
         refused, rows, report = None, None, None
         try:
             with (self._folder / SCRATCH).open("w+b", buffering=1 << 20) as scratch:
-                row = self._read_rows(reader, scratch)
+                row = self._read_rows(scratch)
                 if not self._is_refused and (row or not self._problems.total):
-                    reader.consistency.check_labels()
+                    self._consistency.check_labels()
                     if row:
                         rows = self._write_rows(row, scratch)
                         report = self._report(rows)
@@ -136,7 +112,7 @@ class _Ingestion:
             self._remove_files(keep_splits=rows is not None and not task.check_only)
         return IngestOutcome(
             refused=refused,
-            detected=detected,
+            detected=_describe(opened, self._mapper, self._sample),  # last: a mapper knows in the end which columns it did not use
             rows_read=self._rows_read,
             problems=tuple(self._problems.first),
             problem_count=self._problems.total,
@@ -156,29 +132,39 @@ class _Ingestion:
     def _has_too_many_problems(self) -> bool:
         return self._problems.total >= MAX_FOUND_PROBLEMS and self._task.options.on_invalid == "refuse"
 
-    def _read_rows(self, reader: RowReader, scratch: BinaryIO) -> Row | None:
+    def _read_rows(self, scratch: BinaryIO) -> Row | None:
         """Write all distinct valid rows to one file, log the problems of the others; returns a valid row, if there is one."""
-        row, unit, max_rows = None, self._opened.unit, self._task.limits.max_rows
-        for record in self._opened.iter_records():
+        last_row, max_rows = None, self._task.limits.max_rows
+        for result in self._iter_results():
             self._rows_read += 1
             if self._rows_read > max_rows:
                 raise InvalidInput(f"more than {max_rows:,} rows", "split the file into several datasets")
             if self._rows_read % PROGRESS_ROWS == 0:
                 self._report_progress("reading")
-            try:
-                if isinstance(record, Record):
-                    row = reader.read(record)[0]
-                    self._add_row(row, scratch)
+            if isinstance(result, PlacedRow):
+                try:
+                    self._add_row(result, scratch)
+                    last_row = result.row
                     continue
-            except InvalidValue as error:
-                place = {"part": record.part, "line": record.line}
-                record = RowProblem(**place, unit=unit, field=error.field, reason=error.reason, code=error.code)
-            self._problems.add(record)
+                except InvalidValue as error:
+                    result = self._reader.describe_problem(error, result.line, result.part)
+            self._problems.add(result)
             if self._has_too_many_problems:
                 break
-        return row
+        return last_row
 
-    def _add_row(self, row: Row, scratch: BinaryIO) -> None:
+    def _iter_results(self) -> Iterator[PlacedRow | RowProblem]:
+        """All rows and problems. Workers take the lines of large files that are rows as they are; a mapping remembers what it saw."""
+        opened = self._opened
+        is_large = opened.format == "jsonl" and self._mapper.mapping is None and opened.total_bytes >= MIN_WORKER_BYTES
+        if is_large and threading.active_count() == 1:  # with more, a fork could keep a lock for ever
+            return read_rows_concurrently(opened.iter_records(), self._reader)
+        return read_rows(opened.iter_records(), self._reader)
+
+    def _add_row(self, placed: PlacedRow, scratch: BinaryIO) -> None:
+        """Write a row, unless it is a duplicate. Raises InvalidValue when it does not fit to those before it."""
+        row = placed.row
+        self._consistency.add(row, placed.line, placed.part)
         if (self._problems.total and self._is_refused) or not self._splitter.add(row):
             return
         scratch.write(row.canonical + b"\n")
@@ -229,11 +215,6 @@ class _Ingestion:
         names = () if keep_splits else (f"{split}.{suffix}" for split in (TRAIN_SPLIT, EVAL_SPLIT) for suffix in ("jsonl", "index"))
         for name in (SCRATCH, *names):
             (self._folder / name).unlink(missing_ok=True)
-
-
-def parse_record(record: Record) -> JsonObject:
-    """The columns of a record. Raises InvalidValue."""
-    return record.content if isinstance(record.content, dict) else parse(record.content, EXPECTED_ROW)
 
 
 def _read_sample(opened: OpenedInput) -> list[JsonObject]:
