@@ -199,10 +199,15 @@ def _iter_parsed(records: Iterator[Record | RowProblem]) -> Iterator[JsonObject]
 def _describe(opened: OpenedInput, mapper: RowMapper, sample: Sequence[JsonObject]) -> Detected:
     return Detected(
         format=opened.format,
+        container=opened.container,
+        encoding=opened.encoding,
+        delimiter=opened.delimiter,
+        sheet=opened.sheet,
+        parts=len(opened.parts),
         shape=mapper.shape,
         dataset_type=mapper.dataset_type,
         mapping=mapper.mapping,
         columns=opened.columns or tuple(dict.fromkeys(name for record in sample for name in record)),
         unused_columns=mapper.unused_columns,
-        reason=mapper.reason,
+        reason="; ".join(filter(None, (mapper.reason, opened.note))),
     )
