@@ -76,6 +76,10 @@ class RowReader:
         self._limits = limits
         self._pixels = 0
 
+    def describe_field(self, field: str) -> str:
+        """What the file calls a field of the row that was read last."""
+        return self._mapper.describe_field(field)
+
     def read(self, record: Record) -> tuple[Row, ValidatedRow]:
         """The row of a record. Raises InvalidValue."""
         content = check_row(self._mapper.convert(parse_record(record)))
@@ -152,7 +156,8 @@ class _Ingestion:
             try:
                 yield reader.read(record)[0]
             except InvalidValue as error:
-                self._problems.add(RowProblem(part=record.part, line=record.line, field=error.field, reason=error.reason, code=error.code))
+                field = reader.describe_field(error.field)
+                self._problems.add(RowProblem(part=record.part, line=record.line, field=field, reason=error.reason, code=error.code))
 
     def _write_rows(self, row: Row, scratch: BinaryIO, flags: dict[str, bool]) -> IngestedRows:
         """Write both splits, each in the order of the files."""
