@@ -15,8 +15,8 @@ from jobs.ingest.mapping.headings import MEDIA, NATIVE, OPTIONS, TOOLS
 from jobs.ingest.mapping.native import read_as_native
 from jobs.ingest.mapping.sample import Ambiguous, Reading, Sample
 from jobs.ingest.rows.values import JsonObject, preview
-from schema.dataset import TextDatasetType
 from schema.ingestion import IngestOptions, RowMapping
+from schema.types import TextDatasetType
 
 SAMPLE_RECORDS = 200  # the first records, by which a form is recognized
 

@@ -40,7 +40,7 @@ class MessageReader:
         if value is None or value == []:
             raise InvalidValue(field, EMPTY, "empty")
         if not isinstance(value, list):
-            raise InvalidValue(field, f"is {describe_type(value)}; it must be a list of messages, or its JSON text")
+            raise InvalidValue(field, f"is {describe_type(value)}; it must be a list of messages, or its JSON text", "wrong_type")
         calls = _PendingCalls()
         return [self._convert(message, f"{field}[{index}]", calls) for index, message in enumerate(cast(list[object], value))]
 

@@ -156,13 +156,14 @@ class RowConverter:
             for name, answer in answers.items():
                 if isinstance(answer, str):
                     reason = "is text, and no prompt is mapped; map a prompt, or send whole conversations, two lists of messages"
-                    raise InvalidValue(name, reason)
+                    raise InvalidValue(name, reason, "wrong_type")
             return self._add_system(record, answers)
         prompt = self._read("prompt", record)
         if isinstance(prompt, str) and any(isinstance(answer, list) and len(answer) > 1 for answer in answers.values()):
             for name, answer in answers.items():
                 if isinstance(answer, list) and not any(message.get("content") == prompt for message in answer):
-                    raise InvalidValue("prompt", f"is not one of the messages of {name}; whole conversations begin with their prompt")
+                    reason = f"is not one of the messages of {name}; whole conversations begin with their prompt"
+                    raise InvalidValue("prompt", reason, "different_prompts")
             return self._add_system(record, answers)
         row: JsonObject = {"prompt": prompt, **answers}
         self._write_messages(row, record)
@@ -206,7 +207,7 @@ class RowConverter:
             pair = cast(list[object], value) if isinstance(value, list) else []
             if len(pair) != 2:
                 kind = f"has {len(pair)} items" if isinstance(value, list) else f"is {describe_type(value)}"
-                raise InvalidValue("chosen", f"{kind}; it must be a list of two answers, the better one first")
+                raise InvalidValue("chosen", f"{kind}; it must be a list of two answers, the better one first", "wrong_type")
             return {name: self._read_value(name, answer) for name, answer in zip(("chosen", "rejected"), pair, strict=True)}
         answers = {name: self._read(name, record) for name in ("chosen", "rejected")}
         if mapping.preferred:
@@ -246,7 +247,9 @@ class RowConverter:
         if messages and messages[0].get("role") in ("system", "developer"):
             if messages[0].get("content") == text:
                 return [], []
-            raise InvalidValue("system", "differs from the system message that the conversation begins with; keep one of them")
+            raise InvalidValue(
+                "system", "differs from the system message that the conversation begins with; keep one of them", "role_order"
+            )
         return [{"role": "system", "content": text}], [Source("system", 0, 1, is_list=False)]
 
     def _read_history(self, record: JsonObject) -> Messages:
@@ -258,7 +261,9 @@ class RowConverter:
         for index, pair in enumerate(_as_list(value, "history")):
             turns = _as_list(pair, f"history[{index}]")
             if len(turns) != 2:
-                raise InvalidValue(f"history[{index}]", f"has {len(turns)} items; a turn is a pair of a prompt and an answer")
+                raise InvalidValue(
+                    f"history[{index}]", f"has {len(turns)} items; a turn is a pair of a prompt and an answer", "wrong_value"
+                )
             for role, turn in zip(("user", "assistant"), turns, strict=True):
                 field = f"history[{index}][{int(role == 'assistant')}]"
                 messages.append({"role": role, "content": to_text(turn, field, self._mapping.history or "")})
@@ -335,7 +340,7 @@ def _as_list(value: object, field: str) -> list[object]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise InvalidValue(field, f"is {describe_type(value)}; it must be a list of pairs of a prompt and an answer")
+        raise InvalidValue(field, f"is {describe_type(value)}; it must be a list of pairs of a prompt and an answer", "wrong_type")
     return cast(list[object], value)
 
 

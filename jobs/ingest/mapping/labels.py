@@ -46,7 +46,7 @@ def read_label(value: object, field: str) -> bool:
             raise InvalidValue(field, "is empty; write true for a good completion, false for a bad one", "empty")
         described = preview(value) if isinstance(value, str) else value.literal[:20] if isinstance(value, Number) else describe_type(value)
         known = "true and false, 1 and 0, yes and no, good and bad, thumbs_up and thumbs_down"
-        raise InvalidValue(field, f"is {described}; labels are {known}", "label")
+        raise InvalidValue(field, f"is {described}; labels are {known}", "wrong_value")
     return label
 
 
@@ -69,7 +69,9 @@ def read_choice(value: object, first: str, second: str, field: str) -> int:
     if choice is None:
         described = preview(value) if isinstance(value, str) else value.literal[:20] if isinstance(value, Number) else describe_type(value)
         ends = " or ".join(preview(end) for end in _endings(first, second))
-        raise InvalidValue(field, f"is {described}, which names no answer; it must be {ends}; drop rows without a better answer", "choice")
+        raise InvalidValue(
+            field, f"is {described}, which names no answer; it must be {ends}; drop rows without a better answer", "wrong_value"
+        )
     return choice
 
 

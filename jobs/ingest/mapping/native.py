@@ -7,7 +7,7 @@ from jobs.ingest.mapping.labels import find_label
 from jobs.ingest.mapping.sample import Reading, Sample, as_messages
 from jobs.ingest.rows.forms import detect_form
 from jobs.ingest.rows.values import InvalidValue, JsonObject, Number
-from schema.dataset import TextDatasetType
+from schema.types import TextDatasetType
 
 _TYPES: dict[str, TextDatasetType] = {
     "messages": "messages",
@@ -21,12 +21,12 @@ _TYPES: dict[str, TextDatasetType] = {
 
 def recognize(sample: Sample) -> Reading | None:
     """Recognize files of which at least half of the first records are rows as they are."""
-    forms = [form for record in sample.records if (form := _find_form(record))]
+    forms: list[TextDatasetType] = [form for record in sample.records if (form := _find_form(record))]
     if not forms or 2 * len(forms) < len(sample.records):
         return None
-    if any(form != "prompt" for form in forms) or sample.columns == ("prompt",):
-        form = next((form for form in forms if form != "prompt"), forms[0])
-        return Reading("native", form, sample.columns, certainty="certain")
+    with_answers = [form for form in forms if form != "prompt"]
+    if with_answers or sample.columns == ("prompt",):
+        return Reading("native", (with_answers or forms)[0], sample.columns, certainty="certain")
     return Reading("native", "prompt", sample.columns, certainty="fallback", note=_advise(sample))
 
 

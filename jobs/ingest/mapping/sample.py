@@ -7,8 +7,8 @@ from typing import Literal, cast
 
 from jobs.ingest.mapping.headings import normalize_heading
 from jobs.ingest.rows.values import DECODER, JsonObject, Number
-from schema.dataset import TextDatasetType
 from schema.ingestion import RowMapping
+from schema.types import TextDatasetType
 
 MAX_NAME_CHARS = 200  # longer names of columns cannot be part of a mapping
 ROLE_KEYS = ("role", "from")

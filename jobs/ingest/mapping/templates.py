@@ -82,7 +82,7 @@ def to_text(value: object, field: str, column: str) -> str:
         case Number():
             return value.literal
         case _:
-            raise InvalidValue(field, f"needs text, but the column {preview(column)} is {describe_type(value)} here", "not_text")
+            raise InvalidValue(field, f"needs text, but the column {preview(column)} is {describe_type(value)} here", "wrong_type")
 
 
 def parse_template(source: str, field: str, columns: Sequence[str]) -> Template:
