@@ -11,7 +11,7 @@ from typing import cast
 
 from jobs.ingest.mapping.converter import RowConverter
 from jobs.ingest.mapping.explanations import describe_mapping, explain_ambiguous, explain_left_out, explain_unknown
-from jobs.ingest.mapping.headings import MEDIA, NATIVE, OPTIONS, TOOLS
+from jobs.ingest.mapping.headings import NATIVE, TELLING, TOOLS
 from jobs.ingest.mapping.native import read_as_native
 from jobs.ingest.mapping.sample import Ambiguous, Reading, Sample
 from jobs.ingest.rows.values import JsonObject, preview
@@ -78,14 +78,14 @@ def _make_mapper(shape: str, mapping: RowMapping, sample: Sample, note: str) -> 
 def _recognize(sample: Sample) -> Reading:
     """The one thing that the records mean. Raises InvalidInput if they mean nothing known, or several things."""
     readings: list[Reading] = []
-    doubts: list[Ambiguous] = []
-    for target in SHAPES.values():
+    doubts_by_shape: dict[str, Ambiguous] = {}
+    for shape, target in SHAPES.items():
         module, name = target.split(":")
         recognize = cast(Callable[[Sample], Reading | None], getattr(import_module(module), name))
         try:
             reading = recognize(sample)
         except Ambiguous as doubt:
-            doubts.append(doubt)
+            doubts_by_shape[shape] = doubt
             continue
         if reading is None:
             continue
@@ -95,9 +95,12 @@ def _recognize(sample: Sample) -> Reading:
     fallback = next((reading for reading in readings if reading.certainty == "fallback"), None)
     likely = _drop_contained([reading for reading in readings if reading.certainty == "likely"], sample)
     if fallback is not None:
+        # Beside a prompt, columns of texts and answers may be for graders; two answers to compare and labels hardly are.
         likely = [reading for reading in likely if reading.shape != "text"]
-        return fallback if doubts or len(likely) != 1 else likely[0]
-    doubts = [doubt for doubt in doubts if not any(_says_all(sample, reading, doubt.columns) for reading in likely)]
+        doubts_by_shape = {shape: doubt for shape, doubt in doubts_by_shape.items() if shape in ("dpo_pair", "kto")}
+        if not doubts_by_shape and len(likely) != 1:
+            return fallback
+    doubts = [doubt for doubt in doubts_by_shape.values() if not any(_says_all(sample, reading, doubt.columns) for reading in likely)]
     if len(likely) == 1 and not doubts:
         return _check_left_out(sample, likely[0])
     if likely or doubts:
@@ -108,17 +111,14 @@ def _recognize(sample: Sample) -> Reading:
 
 
 def _drop_contained(readings: list[Reading], sample: Sample) -> list[Reading]:
-    """The readings without those of which another one says everything, and more or earlier."""
+    """The readings without those of which another one says everything, and more. Of two that say the same, the larger one stays."""
+    ordered = sorted(readings, key=lambda reading: -len(set(reading.columns)))  # stable: earlier shapes stay first
     kept: list[Reading] = []
-    for reading in sorted(readings, key=lambda each: -len(set(each.columns))):  # stable: earlier shapes stay first
-        if not any(set(reading.columns) <= set(other.columns) for other in kept):
+    for index, reading in enumerate(ordered):
+        later = (other for other in ordered[index + 1 :] if not _says_all(sample, reading, other.columns))
+        if not any(_says_all(sample, other, reading.columns) for other in (*kept, *later)):
             kept.append(reading)
-    kept.sort(key=readings.index)
-    different: list[Reading] = []
-    for reading in kept:
-        if not any(_says_all(sample, other, reading.columns) for other in different):
-            different.append(reading)
-    return different
+    return kept
 
 
 def _says_all(sample: Sample, reading: Reading, columns: Sequence[str]) -> bool:
@@ -130,7 +130,7 @@ def _check_left_out(sample: Sample, reading: Reading) -> Reading:
     """The reading, unless it leaves out a column that says something. Raises InvalidInput."""
     left_out = [column for column in sample.columns if column not in reading.columns and sample.values(column)]
     native = [column for column in left_out if column in NATIVE and not sample.repeats(column, reading.columns)]
-    telling = [column for column in sample.find(MEDIA | OPTIONS | TOOLS) if column in left_out]
+    telling = [column for column in sample.find(TELLING | TOOLS) if column in left_out]
     if native or (telling and any(column in NATIVE for column in reading.columns)):
         return read_as_native(sample)
     if telling:

@@ -87,6 +87,9 @@ SECOND_HALVES = _headings(
     "label,labels,summary,summaries,highlights,target,class,category,sentiment,translation,headline,abstract,intent,keywords,zusammenfassung,"
     "resumen,résumé,resumo,riassunto,摘要,要約,요약"
 )
-MEDIA = _headings("image,images,audio,audios,video,videos,picture,pictures,img,pixel values")
-OPTIONS = _headings("choices,options,option a,option b,distractors,endings")
+# Columns that say what is asked, or by whom: rows without them are probably not what was meant.
+TELLING = _headings(
+    "choices,options,option a,option b,distractors,endings,role,from,speaker,sender",
+    "image,images,audio,audios,video,videos,picture,pictures,img,pixel values",
+)
 NATIVE = ("messages", "text", "prompt", "completion", "chosen", "rejected")

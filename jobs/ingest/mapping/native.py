@@ -24,7 +24,7 @@ def recognize(sample: Sample) -> Reading | None:
     forms: list[TextDatasetType] = [form for record in sample.records if (form := _find_form(record))]
     if not forms or 2 * len(forms) < len(sample.records):
         return None
-    with_answers = [form for form in forms if form != "prompt"]
+    with_answers: list[TextDatasetType] = [form for form in forms if form != "prompt"]
     if with_answers or sample.columns == ("prompt",):
         return Reading("native", (with_answers or forms)[0], sample.columns, certainty="certain")
     return Reading("native", "prompt", sample.columns, certainty="fallback", note=_advise(sample))

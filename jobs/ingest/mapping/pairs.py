@@ -107,7 +107,11 @@ def find_conversation(sample: Sample, role_keys: Sequence[str] = ("role", "from"
         return None
     different = [found[0], *(other for other in found[1:] if not sample.repeats(other[0], [found[0][0]]))]
     if len(different) > 1:
-        raise Ambiguous([column for column, _ in different], [RowMapping(messages=column) for column, _ in different])
+        examples = [
+            RowMapping.model_validate({"messages": column, **name_keys(keys, find_roles(sample, column, keys))})
+            for column, keys in different[:MAX_EXAMPLES]
+        ]
+        raise Ambiguous([column for column, _ in different], examples)
     column, keys = found[0]
     return Conversation(column, keys, find_roles(sample, column, keys))
 
