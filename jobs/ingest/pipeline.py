@@ -14,6 +14,7 @@ import orjson
 
 from jobs.ingest.formats import OpenedInput, open_input
 from jobs.ingest.mapping import SAMPLE_RECORDS, RowMapper, choose_mapper
+from jobs.ingest.mapping.sample import make_printable
 from jobs.ingest.records import InvalidInput, Record
 from jobs.ingest.rows.consistency import ConsistencyChecker
 from jobs.ingest.rows.forms import EXPECTED_ROW, ValidatedRow, check_row
@@ -207,7 +208,7 @@ def _describe(opened: OpenedInput, mapper: RowMapper, sample: Sequence[JsonObjec
         shape=mapper.shape,
         dataset_type=mapper.dataset_type,
         mapping=mapper.mapping,
-        columns=opened.columns or tuple(dict.fromkeys(name for record in sample for name in record)),
+        columns=opened.columns or tuple(dict.fromkeys(make_printable(name) for record in sample for name in record)),
         unused_columns=mapper.unused_columns,
         reason=mapper.reason,
     )

@@ -167,6 +167,21 @@ def test_keys_of_messages_that_are_left_out_are_told() -> None:
     assert mapper.unused_columns == ("conversations[].timestamp",)
 
 
+def test_name_that_is_no_unicode_is_told_escaped() -> None:
+    for row in ({"question": "a", "answer": "b", "\ud800": 1}, {"prompt": "a", "completion": "b", "\udfff": 1}):
+        detected = ingest_bytes(to_jsonl([row])).outcome.detected
+        assert detected is not None
+        assert Detected.model_validate_json(detected.model_dump_json()).unused_columns == (ascii(list(row)[2]),)
+    assert "'\\ud800'" in get_problem({"\ud800": "a", "b": "c"}).message
+
+
+def test_messages_as_python_prints_them_say_what_to_do() -> None:
+    for messages in ([Q, {"role": "assistant", "content": "So."}], FROM):
+        error = get_bytes_error(to_jsonl([{"messages": str(messages)}]))
+        assert (error.line, error.field) == (1, "messages")
+        assert "write it with json.dumps" in error.reason
+
+
 def test_unused_columns_are_limited() -> None:
     mapper = recognize({"question": "a", "answer": "b"})
     for n in range(30):

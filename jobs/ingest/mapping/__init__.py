@@ -13,8 +13,8 @@ from jobs.ingest.mapping.converter import RowConverter
 from jobs.ingest.mapping.explanations import describe_mapping, explain_ambiguous, explain_left_out, explain_unknown
 from jobs.ingest.mapping.headings import NATIVE, TELLING, TOOLS
 from jobs.ingest.mapping.native import read_as_native
-from jobs.ingest.mapping.sample import Ambiguous, Reading, Sample
-from jobs.ingest.rows.values import JsonObject, preview
+from jobs.ingest.mapping.sample import Ambiguous, Reading, Sample, make_printable
+from jobs.ingest.rows.values import JsonObject
 from schema.ingestion import IngestOptions, RowMapping
 from schema.types import TextDatasetType
 
@@ -54,7 +54,7 @@ class RowMapper:
     @property
     def unused_columns(self) -> tuple[str, ...]:
         """The columns, and the keys of messages, that became part of no row so far."""
-        return () if self.converter is None else tuple(_make_printable(name) for name in self.converter.unused)
+        return () if self.converter is None else tuple(make_printable(name) for name in self.converter.unused)
 
 
 def choose_mapper(sample: Sequence[JsonObject], options: IngestOptions, columns: Sequence[str] = ()) -> RowMapper:
@@ -136,12 +136,3 @@ def _check_left_out(sample: Sample, reading: Reading) -> Reading:
     if telling:
         raise explain_left_out(telling[0], reading)
     return reading
-
-
-def _make_printable(name: str) -> str:
-    """The name, or its escaped form if it cannot be written as UTF-8."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return preview(name)
-    return name

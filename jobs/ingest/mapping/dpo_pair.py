@@ -67,8 +67,7 @@ def _read_answers(sample: Sample, chosen: str, rejected: str, **picked: str) -> 
         return None
     fields |= context
     if keys is not None:
-        is_json_text = any(isinstance(value, str) for column in columns for value in sample.values(column) if as_messages(value))
-        fields |= name_keys(keys, find_roles(sample, columns[0], keys), is_json_text=is_json_text)
+        fields |= name_keys(keys, find_roles(sample, columns[0], keys), is_json_text=sample.has_json_text(columns))
     return Reading("dpo_pair", "preference", (*columns, *context.values()), RowMapping.model_validate(fields))
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from jobs.ingest.mapping.sample import MAX_NAME_CHARS, Ambiguous, Reading, Sample
+from jobs.ingest.mapping.sample import Ambiguous, Reading, Sample, can_be_mapped
 from jobs.ingest.mapping.templates import list_columns, shorten
 from jobs.ingest.records import InvalidInput
 from jobs.ingest.rows.values import join_names
@@ -38,7 +38,7 @@ def explain_ambiguous(sample: Sample, readings: Sequence[Reading], doubts: Seque
 
 def explain_unknown(sample: Sample, shapes: Sequence[str]) -> InvalidInput:
     """The error for records that are in no known form."""
-    named = [name for name in sample.columns if 0 < len(name) <= MAX_NAME_CHARS and sample.is_text(name) and sample.values(name)]
+    named = [name for name in sample.columns if can_be_mapped(name) and sample.is_text(name) and sample.values(name)]
     if len(named) > 1:
         example = RowMapping(prompt=named[0], completion=named[1])
     else:

@@ -2,7 +2,7 @@
 
 from jobs.ingest.mapping.headings import LABELS
 from jobs.ingest.mapping.labels import find_label
-from jobs.ingest.mapping.pairs import find_context, find_conversation, find_pair, name_keys
+from jobs.ingest.mapping.pairs import describe_pair, find_context, find_conversation, find_pair, name_keys
 from jobs.ingest.mapping.sample import Ambiguous, Reading, Sample
 from schema.ingestion import RowMapping
 
@@ -21,7 +21,7 @@ def recognize(sample: Sample) -> Reading | None:
     elif pair := find_pair(sample, allow_references=True):
         prompt, answer = pair
         columns = (*prompt.columns, answer)
-        fields = {"prompt": prompt.template, "completion": answer}
+        fields = describe_pair(sample, prompt, answer)
     else:
         return None
     if len(labels) > 1:

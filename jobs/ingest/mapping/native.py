@@ -4,7 +4,7 @@ from typing import cast
 
 from jobs.ingest.mapping.headings import NATIVE, REFERENCE_ANSWERS, normalize_heading
 from jobs.ingest.mapping.labels import find_label
-from jobs.ingest.mapping.sample import Reading, Sample, as_messages
+from jobs.ingest.mapping.sample import PRINTED_LIST, Reading, Sample, as_messages
 from jobs.ingest.rows.forms import detect_form
 from jobs.ingest.rows.values import InvalidValue, JsonObject, Number
 from schema.types import TextDatasetType
@@ -52,6 +52,8 @@ def _needs_conversion(record: JsonObject) -> bool:
     if isinstance(record.get("tools"), str):
         return True
     messages = record.get("messages")
+    if isinstance(messages, str) and messages.startswith(PRINTED_LIST):
+        return True
     if isinstance(messages, list) and messages and isinstance(messages[0], dict):
         first = cast(JsonObject, messages[0])
         if "role" not in first and "from" in first:

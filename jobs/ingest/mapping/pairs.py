@@ -1,6 +1,6 @@
 """What several shapes share: the columns of a prompt and of its answer, and those of a conversation."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from jobs.ingest.mapping.sample import Ambiguous, MessageKeys, Sample
 from jobs.ingest.rows.messages import ROLES
 from schema.ingestion import RowMapping
 
+MAX_ROLES = 32  # of a mapping
 MAX_EXAMPLES = 3  # meanings that a message shows
 ROLE_SYNONYMS = {
     "human": "user",
@@ -68,10 +69,10 @@ def find_pair(sample: Sample, *, allow_references: bool = False) -> tuple[Prompt
 
     Unless references are allowed, `answer` beside `prompt` is no pair: it is what graders compare with.
     """
-    prompts, answers = sample.find_texts(INSTRUCTIONS | QUESTIONS), sample.find_texts(ANSWERS)
+    prompts, answers = _find_contents(sample, INSTRUCTIONS | QUESTIONS), _find_contents(sample, ANSWERS)
     pairs = list(product(prompts, answers))
     if not pairs:
-        named = ((sample.find_texts((first,)), sample.find_texts((second,))) for first, second in PAIRS)
+        named = ((_find_contents(sample, (first,)), _find_contents(sample, (second,))) for first, second in PAIRS)
         pairs = [pair for firsts, seconds in named for pair in product(firsts, seconds)]
     if not allow_references:
         pairs = [(prompt, answer) for prompt, answer in pairs if prompt != "prompt" or normalize_heading(answer) not in REFERENCE_ANSWERS]
@@ -84,13 +85,28 @@ def find_pair(sample: Sample, *, allow_references: bool = False) -> tuple[Prompt
     return add_input(sample, prompt, completion=answer), answer
 
 
+def describe_pair(sample: Sample, prompt: Prompt, answer: str) -> dict[str, object]:
+    """The fields of a mapping that say where prompt and answer are, and how to read them if they are messages."""
+    fields: dict[str, object] = {"prompt": prompt.template, "completion": answer}
+    columns = (*prompt.columns, answer)
+    found = next(((column, keys) for column in columns if (keys := sample.find_message_keys(column))), None)
+    if found is None:
+        return fields
+    return fields | name_keys(found[1], find_roles(sample, *found), is_json_text=sample.has_json_text(columns))
+
+
+def _find_contents(sample: Sample, headings: Collection[str]) -> tuple[str, ...]:
+    """The columns with one of these names that have texts or messages."""
+    return tuple(column for column in sample.find(headings) if sample.is_text(column) or sample.find_message_keys(column))
+
+
 def add_input(sample: Sample, prompt: str, **answers: str) -> Prompt:
     """The prompt with the column `input` or `context` of the file, if it has one. Raises Ambiguous if it has both.
 
     `answers` are the fields of the mapping that have the answers.
     """
     inputs = [column for column in sample.find_texts(INPUTS) if column not in (prompt, *answers.values())]
-    if not inputs:
+    if not inputs or not sample.is_text(prompt):
         return Prompt(prompt, (prompt,))
     templates = [f"{{{prompt}}}\n\n{{{column}}}" for column in inputs]
     if len(inputs) > 1:
@@ -118,11 +134,11 @@ def find_conversation(sample: Sample, role_keys: Sequence[str] = ("role", "from"
 
 def find_roles(sample: Sample, column: str, keys: MessageKeys) -> dict[str, str]:
     """The roles that a mapping must translate. Roles of a column `messages` are what they are: a wrong one is an error of its row."""
-    if keys.role == "from":
-        return ROLE_SYNONYMS
-    if normalize_heading(column) == "messages" or sample.find_roles(column, keys) <= set(ROLES):
+    found = sample.find_roles(column, keys)
+    if keys.role == "role" and (normalize_heading(column) == "messages" or found <= set(ROLES)):
         return {}
-    return ROLE_SYNONYMS
+    spelled = {role: ROLE_SYNONYMS[role.casefold()] for role in sorted(found) if role.casefold() in ROLE_SYNONYMS}
+    return ROLE_SYNONYMS | dict(list(spelled.items())[: MAX_ROLES - len(ROLE_SYNONYMS)])
 
 
 def find_context(sample: Sample) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """A question and an answer in two columns, in many spellings: see `headings.py`."""
 
-from jobs.ingest.mapping.pairs import find_context, find_pair
+from jobs.ingest.mapping.pairs import describe_pair, find_context, find_pair
 from jobs.ingest.mapping.sample import Reading, Sample
 from schema.ingestion import RowMapping
 
@@ -12,5 +12,5 @@ def recognize(sample: Sample) -> Reading | None:
         return None
     prompt, answer = pair
     context = find_context(sample)
-    mapping = RowMapping.model_validate({"prompt": prompt.template, "completion": answer, **context})
+    mapping = RowMapping.model_validate(describe_pair(sample, prompt, answer) | context)
     return Reading("question_answer", "prompt_completion", (*prompt.columns, answer, *context.values()), mapping)

@@ -6,13 +6,15 @@ from functools import cached_property
 from typing import Literal, cast
 
 from jobs.ingest.mapping.headings import normalize_heading
-from jobs.ingest.rows.values import DECODER, JsonObject, Number
+from jobs.ingest.rows.values import DECODER, JsonObject, Number, preview
 from schema.ingestion import RowMapping
 from schema.types import TextDatasetType
 
 MAX_NAME_CHARS = 200  # longer names of columns cannot be part of a mapping
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "text")
+PRINTED_LIST = "[{'"  # how Python prints a list of messages
+PRINTED_KEYS = (("role", "content"), ("from", "value"))
 
 
 class Ambiguous(Exception):
@@ -51,13 +53,14 @@ class Sample:
     def __init__(self, records: Sequence[JsonObject], columns: Sequence[str] = ()) -> None:
         self.records = records
         self.columns = tuple(columns) or tuple(dict.fromkeys(name for record in records for name in record))
+        self._message_keys: dict[str, MessageKeys | None] = {}
 
     @cached_property
     def headings(self) -> Mapping[str, tuple[str, ...]]:
         """The columns by their names as they are compared."""
         found: dict[str, tuple[str, ...]] = {}
         for column in self.columns:
-            if 0 < len(column) <= MAX_NAME_CHARS:
+            if can_be_mapped(column):
                 heading = normalize_heading(column)
                 found[heading] = (*found.get(heading, ()), column)
         return found
@@ -82,16 +85,23 @@ class Sample:
 
     def find_message_keys(self, column: str) -> MessageKeys | None:
         """The keys of the messages in a column of lists of messages, or of their JSON texts; None if it is no such column."""
+        if column not in self._message_keys:
+            self._message_keys[column] = self._look_for_message_keys(column)
+        return self._message_keys[column]
+
+    def _look_for_message_keys(self, column: str) -> MessageKeys | None:
         found: MessageKeys | None = None
         for value in self.values(column):
             messages = as_messages(value)
-            if not messages:
-                return None
-            keys = _find_keys(messages[0])
+            keys = _find_keys(messages[0]) if messages else _find_printed_keys(value)
             if keys is None or (found and keys != found):
                 return None
             found = keys
         return found
+
+    def has_json_text(self, columns: Iterable[str]) -> bool:
+        """Whether messages in these columns are written as JSON text."""
+        return any(isinstance(value, str) and bool(as_messages(value)) for column in columns for value in self.values(column))
 
     def find_roles(self, column: str, keys: MessageKeys) -> set[str]:
         """The roles that the messages of a column have."""
@@ -103,6 +113,20 @@ class Sample:
         or a text that was made of the others."""
         others = tuple(used)
         return bool(self.records) and all(_is_repeated(record, column, others) for record in self.records)
+
+
+def can_be_mapped(column: str) -> bool:
+    """Whether a mapping can name the column."""
+    return 0 < len(column) <= MAX_NAME_CHARS and make_printable(column) == column
+
+
+def make_printable(name: str) -> str:
+    """The name, or its escaped form if it cannot be written as UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return preview(name)
+    return name
 
 
 def as_messages(value: object) -> list[JsonObject]:
@@ -129,6 +153,15 @@ def _find_keys(message: JsonObject) -> MessageKeys | None:
     role = next((key for key in ROLE_KEYS if isinstance(message.get(key), str)), None)
     content = next((key for key in CONTENT_KEYS if key in message), "content" if "tool_calls" in message else None)
     return MessageKeys(role, content) if role and content else None
+
+
+def _find_printed_keys(value: object) -> MessageKeys | None:
+    """The keys of messages as Python prints them, which is no JSON: recognized so that each row says what to do about it."""
+    if not isinstance(value, str) or not value.startswith(PRINTED_LIST):
+        return None
+    return next(
+        (MessageKeys(role, content) for role, content in PRINTED_KEYS if f"'{role}': " in value and f"'{content}': " in value), None
+    )
 
 
 def _is_repeated(record: JsonObject, column: str, used: Sequence[str]) -> bool:
