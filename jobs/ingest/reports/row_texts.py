@@ -59,7 +59,7 @@ def read_texts(row: Row) -> RowTexts:
     )
 
 
-def _iter_texts(value: Any) -> Iterator[str]:
+def _iter_texts(value: str | list[Row]) -> Iterator[str]:
     if isinstance(value, str):
         yield value
         return
@@ -79,7 +79,7 @@ def _iter_message_texts(message: Row) -> Iterator[str]:
         yield from _iter_values(call["function"]["arguments"])
 
 
-def _iter_values(value: Any) -> Iterator[str]:
+def _iter_values(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

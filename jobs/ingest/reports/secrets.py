@@ -18,7 +18,9 @@ PLACEHOLDER_PASSWORD = re.compile(
     r"|\*+|x+|\.+|[<\[{$%].*",
     re.IGNORECASE,
 )
-EXAMPLE_HOST = re.compile(r"localhost|127\.0\.0\.1|(?:.*\.)?(?:example|test|invalid)(?:\.\w+)?|host(?:name)?|server|db|database|proxy", re.IGNORECASE)
+EXAMPLE_HOST = re.compile(
+    r"localhost|127\.0\.0\.1|(?:.*\.)?(?:example|test|invalid)(?:\.\w+)?|host(?:name)?|server|db|database|proxy", re.IGNORECASE
+)
 
 
 class SecretForm(NamedTuple):
@@ -36,7 +38,10 @@ FORMS: dict[str, SecretForm] = {
     "aws_access_key": SecretForm((b"AKIA", b"ASIA"), re.compile(r"(?<![A-Za-z0-9])((?:AKIA|ASIA)[A-Z2-7]{16})(?![A-Za-z0-9])")),
     "google_api_key": SecretForm((b"AIza",), re.compile(r"(?<![\w-])(AIza[\w-]{35})(?![\w-])")),
     "google_oauth_secret": SecretForm((b"GOCSPX-",), re.compile(r"(?<![\w-])(GOCSPX-[\w-]{28})(?![\w-])")),
-    "github_token": SecretForm((b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"github_pat_"), re.compile(r"(?<!\w)((?:gh[pousr]_[A-Za-z0-9]{36,255})|(?:github_pat_\w{82}))(?!\w)")),
+    "github_token": SecretForm(
+        (b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"github_pat_"),
+        re.compile(r"(?<!\w)((?:gh[pousr]_[A-Za-z0-9]{36,255})|(?:github_pat_\w{82}))(?!\w)"),
+    ),
     "gitlab_token": SecretForm((b"glpat-",), re.compile(r"(?<![\w-])(glpat-[\w-]{20,64})(?![\w-])")),
     "huggingface_token": SecretForm((b"hf_",), re.compile(r"(?<!\w)(hf_[A-Za-z]{34})(?!\w)")),
     "openai_key": SecretForm((b"T3BlbkFJ",), re.compile(r"(?<![\w-])(sk-[\w-]{10,}T3BlbkFJ[\w-]{20,})")),

@@ -31,7 +31,6 @@ from schema.ingestion import TokenLengths
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
-    from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 256
 BATCH_BYTES = 4 << 20  # a batch of long rows has fewer
@@ -49,9 +48,7 @@ class RowTokens(NamedTuple):
     learned: int | None
 
 
-def count_tokens(
-    splits: Mapping[str, Path], base_model_id: str, tokenizer_folder: Path, max_seq_length: int | None = None
-) -> TokenLengths:
+def count_tokens(splits: Mapping[str, Path], base_model_id: str, tokenizer_folder: Path, max_seq_length: int | None = None) -> TokenLengths:
     """Count the tokens of every row. Raises InvalidInput if the tokenizer cannot be read."""
     counter = TokenCounter(splits, base_model_id, tokenizer_folder)
     totals = TokenTotals()
@@ -176,7 +173,9 @@ class TokenCounter:
                 rendered: list[str | None] = [*self._renderer.render(group)]
             except TemplateProblem:
                 rendered = [self._render_alone(each) for each in group]
-            texts += [None if text is None else ChatText(text, self._finder.find(each, text)) for each, text in zip(group, rendered, strict=True)]
+            texts += [
+                None if text is None else ChatText(text, self._finder.find(each, text)) for each, text in zip(group, rendered, strict=True)
+            ]
         for conversation in conversations:
             self._note_images_and_reasoning(conversation)
         return texts
@@ -250,7 +249,7 @@ class TokenCounter:
         return RowTokens(length + has_bos, length)
 
     @cached_property
-    def _stop_token_ids(self) -> set[int]:
+    def _stop_token_ids(self) -> set[object]:
         """That end a rendered conversation: what the template writes, and the tokens on which the base stops."""
         path = Path(self._tokenizer.name_or_path) / "generation_config.json"
         listed = orjson.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
@@ -264,7 +263,7 @@ def make_histogram(ordered: Iterable[tuple[int, int]]) -> tuple[tuple[int, int],
     for length, count in ordered:
         size = 1 << max(0, length - 1).bit_length()
         half = size - size // 4  # 3/4 of a power of 2 is halfway between two
-        buckets[half if size >= 4 and length <= half else size] += count  # noqa: PLR2004  # 3 is the first halfway
+        buckets[half if size >= 4 and length <= half else size] += count  # 3 is the first halfway
     return tuple(sorted(buckets.items()))
 
 
@@ -303,7 +302,7 @@ def _iter_conversations(row: Row) -> Iterator[Conversation]:
         yield Conversation(prompt, tools, len(prompt), asks=True)
 
 
-def _as_messages(content: Any, role: str) -> list[dict[str, Any]]:
+def _as_messages(content: str | list[dict[str, Any]], role: str) -> list[dict[str, Any]]:
     return [{"role": role, "content": content}] if isinstance(content, str) else content
 
 
@@ -314,7 +313,10 @@ def _join(parts: list[RowTokens]) -> RowTokens:
 
 def _has_images(conversation: Conversation) -> bool:
     return any(
-        part["type"] == "image" for message in conversation.messages if isinstance(message.get("content"), list) for part in message["content"]
+        part["type"] == "image"
+        for message in conversation.messages
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
     )
 
 

@@ -1,7 +1,6 @@
 """The tokenizer of a base model, read from its files without the model."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +37,6 @@ def digest_tokenizer(folder: Path) -> str:
 
 def load_tokenizer(folder: Path, base_model_id: str) -> "PreTrainedTokenizerBase":
     """The tokenizer, as a training loads it. It runs no code of the base's author. Raises InvalidInput."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # batches are encoded on all cores
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that there is no PyTorch, which nothing here needs
     from transformers import AutoTokenizer
 
     try:

@@ -35,10 +35,15 @@ MIN_LANGUAGE_ROWS = 50
 
 WORD = re.compile(r"\w")
 SPACES = re.compile(r"\W+")
-MARKUP = re.compile(r"</?(?:div|span|p|br|table|tr|td|ul|ol|li|font|strong|em|h[1-6]|a)(?:\s[^<>]{0,200})?/?>|&(?:nbsp|amp|quot|lt|gt|#\d{2,5});", re.IGNORECASE)
+MARKUP = re.compile(
+    r"</?(?:div|span|p|br|table|tr|td|ul|ol|li|font|strong|em|h[1-6]|a)(?:\s[^<>]{0,200})?/?>|&(?:nbsp|amp|quot|lt|gt|#\d{2,5});",
+    re.IGNORECASE,
+)
 MEANT_MARKUP = re.compile(r"```|\bhtml\b|\bxml\b|\bweb page\b|\bcss\b|`<", re.IGNORECASE)
 # UTF-8 that was read as Windows-1252 or Latin-1, and characters that were lost.
-MOJIBAKE = re.compile(r"\u00c3[\u0080-\u00bf\u0192\u201a\u0178\u0153\u0161\u0160\u0152]|\u00e2\u20ac[\u0153\u009d\u02dc\u2122\u201c\u201d\u00a6\u00a2]|\u00c2[\u00a0\u00a3\u00a9\u00ab\u00bb\u00b0]|\u00ef\u00bb\u00bf|\ufffd")
+MOJIBAKE = re.compile(
+    r"\u00c3[\u0080-\u00bf\u0192\u201a\u0178\u0153\u0161\u0160\u0152]|\u00e2\u20ac[\u0153\u009d\u02dc\u2122\u201c\u201d\u00a6\u00a2]|\u00c2[\u00a0\u00a3\u00a9\u00ab\u00bb\u00b0]|\u00ef\u00bb\u00bf|\ufffd"
+)
 
 
 class RowStatistics:
@@ -96,7 +101,10 @@ class RowStatistics:
         if self._empty_systems:
             yield f"{_count(self._empty_systems, self.rows)} an empty system message, which some chat templates still write; leave it out"
         if self._markup > MIN_MARKUP_SHARE * self.rows:
-            yield f"{_count(self._markup, self.rows)} HTML tags or entities in the text, which the model will learn to write; strip them unless they are meant"
+            yield (
+                f"{_count(self._markup, self.rows)} HTML tags or entities in the text, which the model will learn to write; "
+                "strip them unless they are meant"
+            )
         if self._mojibake >= MIN_MOJIBAKE_ROWS:
             yield (
                 f"{_count(self._mojibake, self.rows)} characters of a wrong encoding, such as \u00c3\u00a9 for \u00e9; "
@@ -140,21 +148,20 @@ class RowStatistics:
         if not ordered:
             return False
         return _is_long_tail(
-            ordered[len(ordered) // 2] // CHARACTERS_PER_TOKEN, ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)] // CHARACTERS_PER_TOKEN
+            ordered[len(ordered) // 2] // CHARACTERS_PER_TOKEN,
+            ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)] // CHARACTERS_PER_TOKEN,
         )
 
 
 def list_warnings(rows: Mapping[str, int], statistics: RowStatistics, report: DatasetReport) -> tuple[str, ...]:
     """All warnings, the most important ones first. `rows` counts those of each split; the report has everything else."""
-    return tuple(
-        [
-            *_iter_size_warnings(rows),
-            *_iter_duplicate_warnings(report),
-            *statistics.iter_warnings(),
-            *_iter_length_warnings(statistics, report.token_lengths),
-            *_iter_language_warnings(report.languages, report.sampled_rows),
-            *_iter_finding_warnings(report),
-        ]
+    return (
+        *_iter_size_warnings(rows),
+        *_iter_duplicate_warnings(report),
+        *statistics.iter_warnings(),
+        *_iter_length_warnings(statistics, report.token_lengths),
+        *_iter_language_warnings(report.languages, report.sampled_rows),
+        *_iter_finding_warnings(report),
     )
 
 
