@@ -234,6 +234,7 @@ class TokenLengths(ForwardCompatible):
     base_model_id: str
     tokenizer_digest: str  # of the tokenizer's files
     exact: bool  # rendered with the chat template; otherwise the contents were counted, and what a template adds was estimated
+    note: str = ""  # why they are not exact
     rows: int
     total_tokens: int
     mean: float
@@ -244,12 +245,35 @@ class TokenLengths(ForwardCompatible):
     longest: tuple[int, ...] = ()  # of the longest rows, descending
     max_seq_length: int | None = None
     truncated_rows: int | None = None  # longer than max_seq_length
+    split_tokens: dict[str, int] = Field(default={})  # of all rows of each split
+    # Of the training split, by the length at which every row is cut: "256", "512", … "131072".
+    clipped_tokens: dict[str, int] = Field(default={})
+    learned_tokens: int | None = None  # of the training split, without cutting: the answers with their ends; of a pair those of both
+
+
+class TokenLengthsTask(ForwardCompatible):
+    """What `jobs.ingest.token_lengths` must do: count the tokens of a stored dataset."""
+
+    splits: dict[str, str]  # by name, the path of each split's file
+    base_model_id: str
+    tokenizer_folder: str  # with the tokenizer's files of the base model
+    max_seq_length: int | None = None
+    limits: IngestLimits = IngestLimits()
+    output: str  # a folder, for token_lengths.json
+
+
+class TokenLengthsOutcome(ForwardCompatible):
+    """The lengths, or why they cannot be counted."""
+
+    refused: InputProblem | None = None
+    lengths: TokenLengths | None = None
 
 
 class NearDuplicates(ForwardCompatible):
     """Rows that nearly say the same, in different splits: an evaluation on them is too good."""
 
-    compared_rows: int
+    compared_rows: int  # held-out rows
+    compared_training_rows: int = 0
     held_out_rows_with_a_near_duplicate: int
     examples: tuple[tuple[int, int], ...] = ()  # the held-out row and the training row, by their numbers in the splits
 
@@ -260,6 +284,7 @@ class Finding(ForwardCompatible):
     kind: str  # "email", "phone", "credit_card", "private_key", "aws_access_key", …
     rows: int
     first_rows: tuple[int, ...] = ()  # numbers of rows in the training split
+    first_held_out_rows: tuple[int, ...] = ()  # numbers of rows in the evaluation split
 
 
 class DatasetReport(ForwardCompatible):
