@@ -99,6 +99,7 @@ class IngestLimits(ForwardCompatible):
     max_total_bytes: int = 16 << 30  # of all files of an archive together
     max_parts: int = 10_000  # files in an archive or folder
     max_columns: int = 1000  # of a table
+    max_source_bytes: int = 16 << 30  # of all files of a source that is not sent in a request, as they are downloaded
     max_memory_bytes: int = 4 << 30  # that the process may address
 
 
