@@ -2,10 +2,11 @@
 
 import json
 from pathlib import PurePath
-from typing import Annotated
+from typing import Annotated, cast
 
 from fastapi import UploadFile
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from schema.base import Id, Label, Strict
 from schema.ingestion import IngestOptions
@@ -20,17 +21,6 @@ from service.core.jobs.secrets import HF_SECRET
 CREDENTIALS_SECRET = "source_credentials"  # the name of a secret
 MAX_MAPPING_CHARACTERS = 100_000
 OPTION_FIELDS = tuple(IngestOptions.model_fields)
-
-
-class SourceCredentials(Strict):
-    """What reads a source of the caller's: a Google access token, or keys of S3."""
-
-    google_access_token: SecretText | None = None
-    access_key_id: SecretText | None = None
-    secret_access_key: SecretText | None = None
-    session_token: SecretText | None = None
-    endpoint_url: str | None = Field(None, max_length=2000)
-    region: str | None = Field(None, max_length=64)
 
 
 class CheckForm(BaseModel):
@@ -69,6 +59,13 @@ class CheckForm(BaseModel):
         None, description="Look for near-duplicates, languages and personal data in all rows, not in a sample. Default: false."
     )
 
+    @field_validator("file", mode="before")
+    @classmethod
+    def _check_file(cls, file: object) -> object:
+        if isinstance(file, str):
+            raise PydanticCustomError("file", "is text; send a file with a name, as a form of a browser does: curl -F file=@rows.jsonl")
+        return file
+
     def make_upload(self) -> Upload:
         """What the core checks or keeps. Raises InvalidRequest, and BodyError for options that are not valid."""
         if (self.file is None) == (self.incoming is None):
@@ -84,6 +81,8 @@ class CheckForm(BaseModel):
     def make_options(self) -> IngestOptions:
         """The options of the form. Raises BodyError that names the field, of a mapping with its path."""
         given: dict[str, object] = {name: value for name in OPTION_FIELDS if (value := getattr(self, name)) is not None}
+        if self.format is not None:
+            given["format"] = self.format.lower().removeprefix(".")
         if self.mapping is not None:
             given["mapping"] = _parse_object(self.mapping, "mapping")
         try:
@@ -105,7 +104,7 @@ class DatasetForm(CheckForm):
         description="Instead of `file`: `gs://`, `s3://`, `hf://dataset[:config][@revision]` or `https://`. A job reads it.",
     )
     hf_token: SecretText | None = Field(None, description="For a source on the Hugging Face Hub that is not public.")
-    source_credentials: str | None = Field(
+    source_credentials: SecretStr | None = Field(
         None,
         max_length=20_000,
         description="For a bucket that is not public, as JSON: `google_access_token`, or `access_key_id` and `secret_access_key`, and "
@@ -141,12 +140,7 @@ class DatasetForm(CheckForm):
         """The secrets for the source, by name. Raises InvalidRequest, BodyError."""
         secrets = {HF_SECRET: self.hf_token.get_secret_value()} if self.hf_token else {}
         if self.source_credentials is not None:
-            given = _parse_object(self.source_credentials, "source_credentials")
-            try:
-                SourceCredentials.model_validate(given)
-            except ValidationError as error:
-                raise BodyError(error, SourceCredentials) from None
-            secrets[CREDENTIALS_SECRET] = json.dumps(given)
+            secrets[CREDENTIALS_SECRET] = self.source_credentials.get_secret_value()
         if secrets and self.source is None:
             raise InvalidRequest("credentials are for a `source`, and there is none", param=next(iter(secrets)))
         return secrets
@@ -169,10 +163,14 @@ def sanitize_filename(filename: str) -> str:
     return readable[:128] or "unnamed dataset"
 
 
-def _parse_object(text: str, param: str) -> object:
-    """The JSON of a field. Raises InvalidRequest."""
+def _parse_object(text: str, param: str) -> dict[str, object]:
+    """The JSON object in a field. Raises InvalidRequest."""
+    hint = 'it is written like {"prompt": "question", "completion": "answer"}'
     try:
-        return parse_body(text.encode())
+        parsed: object = parse_body(text.encode())
     except json.JSONDecodeError as error:
         message = f"{param} is not JSON: {error.msg} at character {error.pos + 1}"
-        raise InvalidRequest(message, hint='it is written like {"prompt": "question", "completion": "answer"}', param=param) from error
+        raise InvalidRequest(message, hint=hint, param=param) from error
+    if not isinstance(parsed, dict):
+        raise InvalidRequest(f"{param} is not a JSON object", hint=hint, param=param)
+    return cast(dict[str, object], parsed)

@@ -26,7 +26,6 @@ from storage import ObjectStore
 SPLIT_SEED = 42
 NO_OPTIONS = IngestOptions()  # type: ignore[call-arg]  # pyright: every field has a default
 MAX_TOLD_PROBLEMS = 100  # of an upload that is refused, and in a record; POST /datasets/check tells more
-SOURCE_SCHEMES = ("gs://", "s3://", "hf://", "https://")
 
 
 @dataclass(frozen=True)
@@ -172,8 +171,6 @@ class DatasetIngestion:
     def _start_job(self, principal: Principal, upload: Upload, dataset: Dataset, source: str) -> Dataset:
         if self._jobs is None:
             raise _no_jobs()
-        if upload.source:
-            _check_source(upload.source)
         if upload.options.base_model_id:
             self._tokenizers.require(upload.options.base_model_id)
         job = self._jobs.start(
@@ -265,21 +262,14 @@ def describe_problems(outcome: IngestOutcome) -> InvalidDataset:
     count = outcome.problem_count
     rows = f"all {count:,} rows that are not valid" if count > 1 else "what is not valid"
     hint = f'POST /datasets/check with the same fields lists {rows}; on_invalid "drop" keeps the others'
-    first, *others = [_invalid_row(problem, hint) for problem in outcome.problems[:MAX_TOLD_PROBLEMS]]
-    first.others = tuple(others)
+    first, *others = [_invalid_row(problem) for problem in outcome.problems[:MAX_TOLD_PROBLEMS]]
+    first.hint, first.others = hint, tuple(others)
     return first
 
 
-def _invalid_row(problem: RowProblem, hint: str) -> InvalidDataset:
+def _invalid_row(problem: RowProblem) -> InvalidDataset:
     field_name = f"{problem.field} " if problem.field else ""
-    return InvalidDataset(f"{problem.place}: {field_name}{problem.reason}", hint=hint, param=problem.field or "file")
-
-
-def _check_source(source: str) -> None:
-    if source.startswith(SOURCE_SCHEMES):
-        return
-    hint = "a file below incoming/ of the dataset store is sent as `incoming`, a file of yours as `file`"
-    raise InvalidRequest(f"a source begins with {', '.join(SOURCE_SCHEMES)}, not {source[:80]!r}", hint=hint, param="source")
+    return InvalidDataset(f"{problem.place}: {field_name}{problem.reason}", param=problem.field or "file")
 
 
 def _no_jobs() -> Unsupported:
