@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from schema.base import ForwardCompatible
-from schema.ingestion import IngestOutcome, IngestTask
+from schema.ingestion import IngestOutcome, IngestTask, TokenLengthsOutcome, TokenLengthsTask
 from service.core.errors import DiskFull, InvalidRequest, TunesmithError, Unavailable
 from service.core.ports import IngestTimeout
 from service.setting_types import SOURCE_ROOT
@@ -17,7 +17,7 @@ from service.setting_types import SOURCE_ROOT
 log = logging.getLogger(__name__)
 
 ISOLATION = SOURCE_ROOT / "jobs/runtime/isolated_process.py"  # replaces itself by a program without network
-TASK_FILE, OUTCOME_FILE = "task.json", "outcome.json"
+TASK_FILE, OUTCOME_FILE, LENGTHS_FILE = "task.json", "outcome.json", "token_lengths.json"
 MAX_LOGGED_CHARACTERS = 4000
 # What a child may read of the service's environment: where programs and temporary files are, and how text is written.
 INHERITED = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "TZ")
@@ -36,6 +36,10 @@ class ProcessIngester:
     def ingest(self, task: IngestTask, *, timeout_s: float | None = None) -> IngestOutcome:
         self._run("jobs.ingest", task, Path(task.output), task.limits.max_memory_bytes, timeout_s)
         return IngestOutcome.load((Path(task.output) / OUTCOME_FILE).read_bytes())
+
+    def count_tokens(self, task: TokenLengthsTask, *, timeout_s: float | None = None) -> TokenLengthsOutcome:
+        self._run("jobs.ingest.token_lengths", task, Path(task.output), task.limits.max_memory_bytes, timeout_s)
+        return TokenLengthsOutcome.load((Path(task.output) / LENGTHS_FILE).read_bytes())
 
     def _run(self, module: str, task: ForwardCompatible, folder: Path, memory_bytes: int, timeout_s: float | None) -> None:
         """Run a module until it has written its outcome. Raises IngestTimeout, InvalidRequest, DiskFull, Unavailable."""

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from schema.base import Id, Strict
 from schema.dataset import Dataset
+from schema.ingestion import TokenLengths
 from schema.types import BaseModelId
 from service.api.dataset_forms import CheckForm, DatasetForm
 from service.api.dataset_responses import (
@@ -152,6 +153,17 @@ def list_rows(
     """Any page of a dataset's rows."""
     stored, page = services.datasets.records.read_page(principal, processed_dataset_id, split, offset, limit)
     return RowPageResponse(split=split, offset=offset, rows=page.rows, total_rows=stored.rows, next_offset=page.next_offset)
+
+
+@router.post("/{processed_dataset_id}/token_lengths")
+@limits(timeout_s=None)
+async def count_token_lengths(
+    request: Request, processed_dataset_id: Id, body: TokenLengthsRequest, services: ServicesDep, principal: PrincipalDep
+) -> TokenLengths:
+    """How many tokens the rows have by the tokenizer of a base model in the model store. They are counted once, and then kept."""
+    slots: IngestionSlots = request.app.state.ingestion_slots
+    count = services.datasets.token_counts.count
+    return await slots.run(lambda: count(principal, processed_dataset_id, body.base_model_id, body.max_seq_length))
 
 
 @router.delete("/{processed_dataset_id}")

@@ -7,7 +7,7 @@ from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 from schema.capabilities import EnvironmentManifest
 from schema.dataset import Dataset
 from schema.events import Event
-from schema.ingestion import IngestOutcome, IngestTask
+from schema.ingestion import IngestOutcome, IngestTask, TokenLengthsOutcome, TokenLengthsTask
 from schema.job import Failure, Job, Status
 from service.core.event_store import EventStore
 from service.core.job_lists import JobEntry, JobQuery, ListedJob
@@ -151,6 +151,10 @@ class Ingester(Protocol):
         Raises IngestTimeout when it is not done in time, InvalidRequest for files that take more memory than is allowed, and Unavailable
         when it cannot be run here.
         """
+        ...
+
+    def count_tokens(self, task: TokenLengthsTask, *, timeout_s: float | None = None) -> TokenLengthsOutcome:
+        """Count the tokens of a dataset's rows. Raises what `ingest` raises."""
         ...
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.ingest.pipeline import ingest
-from schema.ingestion import IngestLimits, IngestOutcome, IngestTask
+from schema.ingestion import IngestLimits, IngestOutcome, IngestTask, TokenLengthsOutcome, TokenLengthsTask
 from service.adapters.jobstores.memory import MemoryJobStore
 from service.adapters.links import ServiceUrlSigner
 from service.core.datasets.assembly import DatasetServices, build_dataset_services
@@ -22,6 +22,9 @@ class InProcessIngester:
 
     def ingest(self, task: IngestTask, *, timeout_s: float | None = None) -> IngestOutcome:
         return ingest(task)
+
+    def count_tokens(self, task: TokenLengthsTask, *, timeout_s: float | None = None) -> TokenLengthsOutcome:
+        raise NotImplementedError
 
 
 def make_datasets(folder: Path, quotas: Quotas | None = None, **changes: Any) -> DatasetServices:

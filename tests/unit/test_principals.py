@@ -37,7 +37,7 @@ VERBS = dict(iter_verbs())
 def test_there_are_verbs_of_every_service() -> None:
     assert {name.partition(".")[0] for name in VERBS} == {
         *("Submission", "JobControl", "Exports", "JobQueries", "JobMetrics", "Deletion", "Attempts", "Reconciliation"),
-        *("CheckpointRetention", "StorageQueries", "ModelRegistry", "Datasets", "DatasetIngestion", "IncomingFiles"),
+        *("CheckpointRetention", "StorageQueries", "ModelRegistry", "Datasets", "DatasetIngestion", "IncomingFiles", "TokenCounts"),
     }
     assert set(VERBS) > INTERNAL
 

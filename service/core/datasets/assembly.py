@@ -9,6 +9,7 @@ from schema.ingestion import IngestLimits
 from service.core.datasets.incoming import IncomingFiles
 from service.core.datasets.ingestion import DatasetIngestion, IngestionStarter
 from service.core.datasets.records import Datasets
+from service.core.datasets.token_lengths import TokenCounts
 from service.core.datasets.tokenizers import Tokenizers
 from service.core.ports import Buckets, Ingester, JobStore, UrlSigner
 from service.core.quotas import QuotaChecks
@@ -21,6 +22,7 @@ class DatasetServices:
     records: Datasets
     ingestion: DatasetIngestion
     incoming: IncomingFiles
+    token_counts: TokenCounts
 
 
 def build_dataset_services(
@@ -54,8 +56,9 @@ def build_dataset_services(
         by_tenant=incoming_by_tenant,
     )
     tokenizers = Tokenizers(buckets.models, tokenizer_cache)
+    records = Datasets(store=store, objects=buckets.datasets)
     return DatasetServices(
-        records=Datasets(store=store, objects=buckets.datasets),
+        records=records,
         ingestion=DatasetIngestion(
             store=store,
             objects=buckets.datasets,
@@ -72,4 +75,13 @@ def build_dataset_services(
             max_request_bytes=max_request_bytes,
         ),
         incoming=incoming,
+        token_counts=TokenCounts(
+            records=records,
+            objects=buckets.datasets,
+            tokenizers=tokenizers,
+            ingester=ingester,
+            limits=limits,
+            scratch=scratch,
+            wait_s=wait_s,
+        ),
     )

@@ -35,13 +35,16 @@ class Tokenizers:
         """Raise InvalidRequest unless the model store has the base model with a tokenizer."""
         self._find_files(base_model_id)
 
+    def find_version(self, base_model_id: str) -> str:
+        """Changes whenever one of the tokenizer's files does. Raises InvalidRequest for a model that is not stored, StorageError."""
+        return _find_version(self._find_files(base_model_id))
+
     def fetch(self, base_model_id: str) -> Path:
         """A folder with the tokenizer's files. Raises InvalidRequest for a model that is not stored, StorageError."""
         files = self._find_files(base_model_id)
         if isinstance(self._models, LocalStore):
             return self._models.path_for_key(next(iter(files.values())).key).parent
-        digest = hashlib.sha256("\n".join(f"{name} {files[name].generation}" for name in sorted(files)).encode()).hexdigest()[:32]
-        folder = self._cache / digest
+        folder = self._cache / _find_version(files)
         if not folder.exists():
             self._copy(files, folder)
         return folder
@@ -79,3 +82,7 @@ class Tokenizers:
                 raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _find_version(files: dict[str, StoredObject]) -> str:
+    return hashlib.sha256("\n".join(f"{name} {files[name].generation}" for name in sorted(files)).encode()).hexdigest()[:32]
