@@ -1,6 +1,6 @@
 """The ports: what the core needs from databases, compute, secret stores and the Hub. Each port has one contract suite."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -249,6 +249,20 @@ class Launcher(Protocol):
 
     def close(self) -> None:
         """Called when the service stops: end whatever nothing else would end."""
+        ...
+
+
+@runtime_checkable
+class SlotReserver(Protocol):
+    """A launcher that keeps slots for the attempts of some environments, so that they need not wait behind all others."""
+
+    @property
+    def reserved_environments(self) -> Collection[str]:
+        """The environments with slots of their own. `count_free_slots` counts neither these slots nor their attempts."""
+        ...
+
+    def count_free_reserved_slots(self, environment: str) -> int:
+        """How many attempts of that environment may be launched now."""
         ...
 
 
