@@ -31,6 +31,7 @@ BENCHMARKS = (
     "transfers",
     "training",
     "exports",
+    "ingestion",
 )
 # How servers and attempts fail. One failed benchmark must not stop the others.
 RECOVERABLE_ERRORS = (ServerUnavailable, OSError, EOFError, ValueError, RuntimeError, subprocess.SubprocessError, ExceptionGroup)

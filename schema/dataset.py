@@ -26,12 +26,13 @@ from datetime import datetime
 from typing import Literal
 
 from schema.base import ForwardCompatible, Id, Label
+from schema.ingestion import DatasetReport, Detected
 from schema.migrations import VersionedRecord
-from schema.types import DatasetType
+from schema.types import DatasetType, PromptForm
 
-TextDatasetType = Literal["messages", "prompt_completion", "text", "preference", "unpaired_preference", "prompt"]
-PromptForm = Literal["strings", "messages"]
+DatasetStatus = Literal["processing", "ready", "failed"]
 
+UNKNOWN_TYPE = "unknown"  # the type of a dataset that is being made
 TRAIN_SPLIT = "train"
 EVAL_SPLIT = "eval"
 
@@ -43,6 +44,7 @@ class Split(ForwardCompatible):
     size_bytes: int
     sha256: str
     key: str  # in the dataset bucket: datasets/{dataset_id}/{split}.jsonl
+    index_key: str | None = None  # likewise: byte offsets of rows 0, 256, 512, …; None: of a dataset from before they were recorded
 
 
 class DatasetShare(ForwardCompatible):
@@ -53,7 +55,7 @@ class DatasetShare(ForwardCompatible):
 
 
 class Dataset(VersionedRecord):
-    """The record of a dataset."""
+    """The record of a dataset. One that is not `ready` has no splits, and its type, rows and digest say nothing."""
 
     processed_dataset_id: Id
     tenant_id: Id
@@ -69,6 +71,11 @@ class Dataset(VersionedRecord):
     prompt_form: PromptForm | None = None  # of prompts, answers and texts; None: not known, of a record from before it was recorded
     has_tools: bool = False  # some row offers tools or has calls
     has_weights: bool = False  # some assistant message has weight 0
+    status: DatasetStatus = "ready"
+    job_id: Id | None = None  # of the job that makes or made it; None: made inside the request
+    source: str | None = None  # where the rows came from, without credentials: a file's name, or a URL
+    detected: Detected | None = None  # what the file was taken for
+    report: DatasetReport | None = None
     created_at: datetime
 
     @property

@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from schema.base import ForwardCompatible, Strict, field_error
-from schema.dataset import PromptForm, TextDatasetType
-from schema.types import BaseModelId
+from schema.types import BaseModelId, PromptForm, TextDatasetType
 
 MAX_REPORTED_PROBLEMS = 1000  # bad rows that a report names; the others are counted
 REPORT_SAMPLE_ROWS = 20_000  # rows in which near-duplicates, languages and personal data are looked for, unless all are asked for
@@ -100,6 +99,7 @@ class IngestLimits(ForwardCompatible):
     max_total_bytes: int = 16 << 30  # of all files of an archive together
     max_parts: int = 10_000  # files in an archive or folder
     max_columns: int = 1000  # of a table
+    max_source_bytes: int = 16 << 30  # of all files of a source that is not sent in a request, as they are downloaded
     max_memory_bytes: int = 4 << 30  # that the process may address
 
 
@@ -170,6 +170,7 @@ class WrittenSplit(ForwardCompatible):
     rows: int
     size_bytes: int
     sha256: str
+    index_file: str | None = None  # byte offsets of rows 0, 256, 512, …: unsigned 64-bit integers, little-endian
 
 
 class IngestedRows(ForwardCompatible):

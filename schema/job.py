@@ -13,7 +13,7 @@ from schema.job_migrations import place_job
 from schema.json_limits import JsonObject
 from schema.migrations import Migration, VersionedRecord
 from schema.placement import Placement
-from schema.training import TrainingConfig
+from schema.training import JobConfig
 from schema.types import ArtifactKind
 
 
@@ -265,7 +265,7 @@ class Job(VersionedRecord):
     metadata: dict[str, str] = Field(default={})  # the caller's own, for finding jobs
     processed_dataset_id: Id  # of several datasets the first
     datasets: tuple[DatasetShare, ...] = ()  # all of them, where the job mixes several
-    training_config: TrainingConfig  # without secrets
+    training_config: JobConfig  # without secrets
     secret_names: tuple[str, ...] = ()  # the secrets that the secret store holds for the job
     placements: tuple[Placement, ...]  # where its attempts may run, in order of preference
     export_of: ExportSource | None = None  # if set, nothing is trained and this checkpoint is exported

@@ -6,7 +6,15 @@ from typing import Literal
 from pydantic import Field
 
 from schema.base import ForwardCompatible, Id, Timestamp
+from schema.ingestion import IngestOutcome
 from schema.job import Artifact, EvalMetrics, Failure, Gate
+
+
+class Ingested(ForwardCompatible):
+    """The rows that an ingestion's attempt kept, as files below its own prefix of the dataset bucket."""
+
+    outcome: IngestOutcome
+    source: str  # what was read, without credentials; of a repository with the commit
 
 
 class Result(ForwardCompatible):
@@ -28,6 +36,7 @@ class Result(ForwardCompatible):
     wandb_url: str | None = None
     tracker_urls: dict[str, str] = Field(default={})
     artifacts: tuple[Artifact, ...] = ()
+    ingested: Ingested | None = None  # of a completed ingestion
     train_rows: int | None = None
     train_tokens: int | None = None
     train_runtime_s: float | None = None

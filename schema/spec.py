@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints
 from schema.base import ForwardCompatible, Id
 from schema.dataset import Dataset, WeightedDataset
 from schema.job import Attempt, EarlierModel, ExportSource
-from schema.training import TrainingConfig
+from schema.training import SpecConfig
 
 
 class StoreUrls(ForwardCompatible):
@@ -27,7 +27,7 @@ class JobSpec(ForwardCompatible):
     job_name: str
     tenant_id: Id
     project_id: Id | None = None
-    training_config: TrainingConfig
+    training_config: SpecConfig
     dataset: Dataset  # of several the first
     mixed_datasets: tuple[WeightedDataset, ...] = ()  # all of them, where the job mixes several
     stores: StoreUrls
@@ -70,6 +70,16 @@ def attempt_name(job_id: str, attempt: Attempt | int) -> str:
 def artifact_key(folder: str, job_id: str, attempt: int, name: str = "") -> str:
     """The key an attempt uploads an artifact to, below its kind's folder: a folder, or a file of that name. Each attempt has its own."""
     return f"{folder}/{job_id}/attempt-{attempt}/{name}"
+
+
+def ingestion_prefix(dataset_id: str, attempt: int) -> str:
+    """The folder of the dataset bucket that an ingestion's attempt writes to. Each attempt has its own."""
+    return f"datasets/{dataset_id}/attempt-{attempt}/"
+
+
+def problems_key(dataset_id: str, attempt: int) -> str:
+    """The key of the `IngestOutcome` of an attempt that kept nothing, with the problems of the source."""
+    return f"{ingestion_prefix(dataset_id, attempt)}problems.json"
 
 
 CLAIMANT_HEADER = "X-Claimant"  # in every call of an attempt after its claim: the secret of the process that claimed it

@@ -4,11 +4,13 @@ The names of dataset types, artifact kinds and phases are open: each family decl
 """
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, StringConstraints
 from pydantic_core import PydanticCustomError
 
+TextDatasetType = Literal["messages", "prompt_completion", "text", "preference", "unpaired_preference", "prompt"]
+PromptForm = Literal["strings", "messages"]
 DatasetType = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 ArtifactKind = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 Phase = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]  # what an attempt is doing, such as "training"

@@ -79,6 +79,13 @@ class ObjectStore(Protocol):
         """A stream over an object of any size. Raises NoSuchObject; reading it may raise ChecksumMismatch."""
         ...
 
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        """The bytes from `start` up to but not including `end`, in one request; fewer at the end of the object, none beyond it.
+
+        No checksum covers a part of an object. Raises NoSuchObject.
+        """
+        ...
+
     def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
         """Store a file of any size, verified on arrival. Raises ChecksumMismatch when its SHA-256 is not `sha256`."""
         ...

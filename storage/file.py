@@ -55,6 +55,11 @@ class LocalStore:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise NoSuchObject(f"nothing is stored at {self.url}/{key}") from error
 
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        with self.open_read(key) as stream:
+            stream.seek(start)
+            return stream.read(max(0, end - start))
+
     def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
         path = self.path_for_key(key)
         digest = hashlib.sha256()

@@ -101,6 +101,22 @@ class GcsStore:
         expected_digest = StoredDigest(google_crc32c.Checksum, base64.b64decode(blob.crc32c)) if blob.crc32c else None
         return checked_stream(int(blob.size or 0), fetch, expected_digest, f"{self.url}/{key}")
 
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        if end <= start:
+            return b""
+        with self._translate_errors(key):
+            try:
+                content = self.blob(key).download_as_bytes(
+                    start=start,
+                    end=end - 1,
+                    raw_download=True,
+                    checksum=None,  # pyright: ignore[reportArgumentType]  # the server knows only the checksum of the whole
+                    retry=_retry_policy(),
+                )
+            except google_errors.RequestRangeNotSatisfiable:
+                return b""
+        return bytes(content)
+
     def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
         if source.stat().st_size <= MAX_SINGLE_REQUEST_BYTES:
             content = source.read_bytes()

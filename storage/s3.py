@@ -108,6 +108,15 @@ class S3Store:
 
         return checked_stream(int(head["ContentLength"]), fetch, _stored_digest(head), f"{self.url}/{key}")
 
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        if end <= start:
+            return b""
+        params = {**self._object_params(key), "Range": f"bytes={start}-{end - 1}"}
+        try:
+            return self._call(key, lambda s3: s3.get_object(**params)["Body"].read())
+        except _RangeBeyondEnd:
+            return b""
+
     def upload(self, source: Path, key: str, *, sha256: str | None = None) -> StoredObject:
         if source.stat().st_size <= PART_BYTES:
             content = source.read_bytes()
@@ -240,6 +249,8 @@ class S3Store:
             )
         if code in NOT_FOUND_CODES or code == "NoSuchUpload":
             return NoSuchObject(f"nothing is stored at {self.url}/{key}")
+        if status == 416:
+            return _RangeBeyondEnd(f"{self.url}/{key} has no bytes there")
         if status == 412:
             return ObjectExists(f"{self.url}/{key} already exists")
         if status in (401, 403):
@@ -299,6 +310,10 @@ def _config(addressing_style: str, read_timeout_s: float) -> Config:
         response_checksum_validation="when_required",
         s3={"addressing_style": addressing_style, "payload_signing_enabled": True},
     )
+
+
+class _RangeBeyondEnd(StorageError):
+    """A range begins behind the end of its object."""
 
 
 def _metadata(sha256: str) -> dict[str, str]:

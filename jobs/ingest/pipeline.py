@@ -85,7 +85,7 @@ class RowReader:
         pixels = self._pixels + content.images.pixels
         if pixels > self._limits.max_pixels:
             reason = f"more than {self._limits.max_pixels:,} pixels in the images so far; scale them down, or split the file"
-            raise InvalidValue("", reason, "too_many_pixels")
+            raise InvalidValue("", reason, "too_many")
         self.consistency.add(record.line, content)
         self._pixels = pixels
         return row, content

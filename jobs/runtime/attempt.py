@@ -57,7 +57,7 @@ from storage.registry import open_store
 log = logging.getLogger(__name__)
 
 # What trainers and exporters write into the attempt's folder: gigabytes that nothing reads after the attempt.
-SCRATCH_FOLDERS = ("base", "data", "checkpoints", "model", "exports")
+SCRATCH_FOLDERS = ("base", "data", "checkpoints", "model", "exports", "source", "output")
 
 
 class Attempt:
@@ -244,6 +244,7 @@ class Attempt:
             wandb_url=self._state.wandb_url,
             tracker_urls=self._state.trackers,
             artifacts=artifacts,
+            ingested=self._state.ingested if outcome == "completed" else None,
             train_rows=trained.train_rows if trained else None,
             train_tokens=trained.train_tokens if trained else None,
             train_runtime_s=trained.train_runtime_s if trained else None,

@@ -20,7 +20,7 @@ from schema.spec import CLAIMANT_HEADER, AttemptCredentials, ClaimRequest, Claim
 from storage import StoreUnavailable
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
     from google.auth.credentials import Credentials
 
 CREDENTIALS_TIMEOUT_S = 60  # the store that asked tries again
@@ -80,15 +80,15 @@ class ServiceClient:
     """The client of one attempt. Use it from one thread at a time."""
 
     def __init__(self, settings: Settings) -> None:
-        import httpx
+        import httpx2
 
         self._launch_token = settings.token
         self._token = settings.token
         self._claimant = secrets.token_hex(32)
-        self._http = httpx.Client(
+        self._http = httpx2.Client(
             base_url=f"{_transport_url(settings)}/internal/jobs/{settings.job_id}/attempts/{settings.attempt}",
-            transport=httpx.HTTPTransport(uds=str(settings.service_socket)) if settings.service_socket else None,
-            timeout=httpx.Timeout(10.0, connect=3.0),
+            transport=httpx2.HTTPTransport(uds=str(settings.service_socket)) if settings.service_socket else None,
+            timeout=httpx2.Timeout(10.0, connect=3.0),
             trust_env=False,  # a proxy that is set for other traffic must not intercept this
         )
         self._trace_headers = {"traceparent": settings.traceparent} if settings.traceparent else {}
@@ -185,7 +185,7 @@ class ServiceClient:
         except ServiceUnavailable:
             return False
 
-    def _post_as_owner(self, path: str, body: ForwardCompatible | None, timeout_s: float | None = None) -> "httpx.Response":
+    def _post_as_owner(self, path: str, body: ForwardCompatible | None, timeout_s: float | None = None) -> "httpx2.Response":
         """Send with the current token, or with a new one if the service does not accept that one any more."""
         response = self._post(path, body, timeout_s)
         if response.status_code != HTTPStatus.UNAUTHORIZED:
@@ -198,8 +198,8 @@ class ServiceClient:
 
     def _post(
         self, path: str, body: ForwardCompatible | None, timeout_s: float | None = None, *, token: str | None = None
-    ) -> "httpx.Response":
-        import httpx
+    ) -> "httpx2.Response":
+        import httpx2
 
         content = body.model_dump_json() if body else None
         timeout = self._http.timeout if timeout_s is None else timeout_s
@@ -207,7 +207,7 @@ class ServiceClient:
         headers |= self._trace_headers | (self._id_token_source.headers() if self._id_token_source else {})
         try:
             response = self._http.post(path, content=content, headers=headers, timeout=timeout)
-        except httpx.TransportError as error:
+        except httpx2.TransportError as error:
             raise ServiceUnavailable(f"{type(error).__name__}: {error}") from error
         if is_transient_status(response.status_code):
             raise ServiceUnavailable(f"the service answered {response.status_code}")

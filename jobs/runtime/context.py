@@ -25,6 +25,7 @@ from schema.events import (
     WarningRaised,
 )
 from schema.job import Artifact, EvalMetrics, Gate, Progress
+from schema.result import Ingested
 from schema.spec import JobSpec, StoreUrls
 from schema.types import Phase
 from storage import ObjectStore, TokenSource
@@ -128,6 +129,7 @@ class AttemptState:
     wandb_url: str | None = None
     trackers: dict[str, str] = field(default_factory=dict)
     decisions: dict[str, str] = field(default_factory=dict)
+    ingested: Ingested | None = None
 
 
 class StopSignal(Protocol):

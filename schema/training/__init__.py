@@ -31,6 +31,17 @@ TrainingConfig = Annotated[
     BeforeValidator(_add_default_trainer_type),
 ]
 TRAINING_CONFIG: TypeAdapter[TrainingConfig] = TypeAdapter(TrainingConfig)
+# What a job and its spec have: a training, or the ingestion of a dataset, which no request to train can name.
+AnyJobConfig = AnyTrainingConfig | IngestConfig
+JobConfig = Annotated[
+    Annotated[AnyJobConfig, Field(discriminator="trainer_type")],
+    BeforeValidator(_add_default_trainer_type),
+]
+# Of a spec, which the family that it names reads: to a type checker it is a training, so that no family of trainers must narrow it.
+if TYPE_CHECKING:
+    SpecConfig = TrainingConfig
+else:
+    SpecConfig = JobConfig
 
 
 def _group_by_family(classes: Iterable[type[BaseTrainingConfig]]) -> dict[str, tuple[type[BaseTrainingConfig], ...]]:
@@ -60,15 +71,18 @@ __all__ = [
     "TRAINER_TYPES",
     "TRAINING_CONFIG",
     "AnyExportConfig",
+    "AnyJobConfig",
     "AnyTrainingConfig",
     "BaseTrainingConfig",
     "DpoConfig",
     "GrpoConfig",
     "IngestConfig",
+    "JobConfig",
     "KtoConfig",
     "LlmTrainingConfig",
     "OrpoConfig",
     "RewardConfig",
     "SftConfig",
+    "SpecConfig",
     "TrainingConfig",
 ]

@@ -19,7 +19,7 @@ from schema.events import (
 from schema.job import Attempt, AttemptOutcome, CheckpointRef, Failure, Job, PauseReason, Refusal, Status
 from schema.placement import Placement
 from schema.result import Result
-from schema.training import TrainingConfig
+from schema.training import JobConfig
 from service.core.errors import Conflict, Fenced
 from service.core.retry_budget import CONTINUABLE_OUTCOMES, describe_exhausted, is_exhausted
 
@@ -230,7 +230,7 @@ def request_pause(job: Job, now: datetime, reason: PauseReason = "requested") ->
 
 
 def request_resume(
-    job: Job, now: datetime, *, training_config: TrainingConfig | None = None, placements: tuple[Placement, ...] | None = None
+    job: Job, now: datetime, *, training_config: JobConfig | None = None, placements: tuple[Placement, ...] | None = None
 ) -> Job:
     """Queue a paused job again, with another configuration or other placements if given. Can be repeated. Raises Conflict."""
     changes: dict[str, object] = {"training_config": training_config or job.training_config, "placements": placements or job.placements}
@@ -253,7 +253,7 @@ def request_retry(
     now: datetime,
     *,
     from_start: bool = False,
-    training_config: TrainingConfig | None = None,
+    training_config: JobConfig | None = None,
     placements: tuple[Placement, ...] | None = None,
 ) -> Job:
     """Queue a failed or cancelled job again. Can be repeated while the retried job runs. Raises Conflict."""

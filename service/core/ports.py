@@ -98,6 +98,10 @@ class JobStore(EventStore, UsageStore, Protocol):
         """Store a new dataset."""
         ...
 
+    def replace_dataset(self, dataset: Dataset) -> None:
+        """Store the record over the one of the same id and tenant, whatever that says. Raises NotFound when there is none."""
+        ...
+
     def find_dataset(self, dataset_id: str) -> Dataset | None:
         """The record, or None. Raises UnreadableRecord, RecordTooNew."""
         ...

@@ -23,8 +23,10 @@ from schema.events import (
     StatusChanged,
     WarningRaised,
 )
+from schema.ingestion import IngestLimits, IngestOptions
 from schema.job import EvalMetrics, Job, Progress, Sample, Status
 from schema.placement import Placement
+from schema.training import IngestConfig
 from schema.training.llm_graders import JsonSchemaGrader
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.jobstores.cursors import encode_cursor
@@ -49,6 +51,7 @@ from service.core.event_store import StoredEvent
 from service.core.job_lists import JobQuery, ListedJob, summarize_job
 from service.core.ports import IdempotencyKey, JobStore
 from service.core.stored_json import MAX_EVENT_BYTES, MAX_RECORD_BYTES, MAX_SAMPLES_EVENT_BYTES
+from service.core.usage import STORED
 from tests.contract.sqlite_versions import downgrade
 from tests.factories import START, make_attempt, make_dataset, make_grpo_config, make_job
 
@@ -609,6 +612,41 @@ def test_deleting_job_removes_everything(store: JobStore) -> None:
     assert store.list_events("job-1") == []
     assert store.find_heartbeat("job-1") is None
     assert not store.delete_job("job-1")
+
+
+def test_replaced_dataset_is_read_listed_and_counted_as_it_is_now(store: JobStore) -> None:
+    before = make_dataset(status="processing", splits={}, rows_uploaded=0)
+    store.create_dataset(before)
+    store.create_dataset(make_dataset("dataset_2", created_at=START + timedelta(seconds=1)))
+    ready = make_dataset(name="other name")
+    for _ in range(2):  # an answer may be lost
+        store.replace_dataset(ready)
+    assert store.find_dataset("dataset_1") == ready
+    assert [row.processed_dataset_id for row in store.list_datasets("local").rows] == ["dataset_2", "dataset_1"]
+    assert store.sum_usage("local", STORED).stored_bytes == 400
+    assert store.delete_dataset("dataset_1")
+    assert store.sum_usage("local", STORED).stored_bytes == 200
+
+
+def test_only_a_dataset_of_the_same_tenant_is_replaced(store: JobStore) -> None:
+    with pytest.raises(NotFound):
+        store.replace_dataset(make_dataset())
+    assert store.find_dataset("dataset_1") is None
+    store.create_dataset(make_dataset(tenant_id="other"))
+    with pytest.raises(NotFound):
+        store.replace_dataset(make_dataset())
+    assert store.find_dataset("dataset_1") == make_dataset(tenant_id="other")
+    assert store.list_datasets("local").rows == []
+
+
+def test_job_of_an_ingestion_round_trips_and_uses_its_dataset(store: JobStore) -> None:
+    config = IngestConfig(source="gs://bucket/rows.csv", options=IngestOptions.model_validate({}), limits=IngestLimits())
+    job = make_job(training_config=config, job_name="dataset rows")
+    assert store.create_job(job) == job
+    assert store.find_job(job.job_id) == job
+    [row] = store.list_jobs(JobQuery("local", trainer_type="ingest")).rows
+    assert (row.summary.trainer_type, row.summary.base_model_id, row.summary.job_name) == ("ingest", "", "dataset rows")
+    assert store.list_jobs_using_dataset("dataset_1") == [job.job_id]
 
 
 def test_dataset_create_page_and_delete(store: JobStore) -> None:

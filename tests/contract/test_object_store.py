@@ -190,6 +190,19 @@ def test_read_of_replaced_object_never_mixes_versions(remote: ObjectStore) -> No
             stream.read()
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "expected"), [(0, 3, b"012"), (4, 6, b"45"), (8, 99, b"89"), (3, 3, b""), (10, 12, b""), (50, 60, b"")]
+)
+def test_range_ends_at_the_end_of_the_object(store: ObjectStore, start: int, end: int, expected: bytes) -> None:
+    store.write("digits", b"0123456789")
+    assert store.read_range("digits", start, end) == expected
+
+
+def test_range_of_missing_object_is_not_found(store: ObjectStore) -> None:
+    with pytest.raises(NoSuchObject):
+        store.read_range("missing", 0, 1)
+
+
 def test_empty_object_exists(store: ObjectStore, tmp_path: Path) -> None:
     store.write("empty", b"")
     assert store.read("empty") == b""

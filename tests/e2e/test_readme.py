@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 
-from schema.dataset import TextDatasetType
+from schema.types import TextDatasetType
 from tests.e2e.conftest import BASE, ROWS, SOURCE, TUNESMITH, Service
 
 README = (SOURCE / "README.md").read_text()

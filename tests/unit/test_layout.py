@@ -13,12 +13,12 @@ from typing import get_args
 import pytest
 
 from infra.settings_table import render_settings_page
-from schema.dataset import TextDatasetType
 from schema.training import TRAINER_TYPES, SftConfig
 from schema.training.llm_evaluation import EvalConfig
 from schema.training.llm_export import ExportConfig
 from schema.training.llm_graders import GRADER_TYPES
 from schema.training.llm_hyperparameters import Hyperparameters
+from schema.types import TextDatasetType
 from service.adapters.jobstores import JOB_STORES
 from service.adapters.launchers import LAUNCHERS
 from service.adapters.links import URL_SIGNERS

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from jobs.ingest.rows.forms import detect_form
 from jobs.ingest.rows.values import InvalidValue, JsonObject
-from schema.dataset import TextDatasetType
 from schema.ingestion import IngestOptions, RowMapping
+from schema.types import TextDatasetType
 
 SAMPLE_RECORDS = 200  # the first records, by which a form is recognized
 

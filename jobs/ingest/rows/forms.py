@@ -24,8 +24,9 @@ from jobs.ingest.rows.values import (
     join_names,
     json_safe,
     preview,
+    suggest,
 )
-from schema.dataset import PromptForm, TextDatasetType
+from schema.types import PromptForm, TextDatasetType
 
 MAX_IMAGES = 16  # in a row
 MAX_COLUMNS = 32  # beside a prompt
@@ -43,6 +44,8 @@ COLUMNS_BY_TYPE: dict[TextDatasetType, tuple[str, ...]] = {
     "prompt": ("prompt",),
 }
 COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+KNOWN_COLUMNS = tuple(dict.fromkeys(name for names in COLUMNS_BY_TYPE.values() for name in names))
+MAX_SUGGESTED_COLUMNS = 20  # of an unknown row, for which similar names are looked for
 TOOLS_COLUMN = "tools"  # of rows with messages, beside the columns of their type
 
 
@@ -103,7 +106,9 @@ def _add_tools(row: ValidatedRow, tools: list[JsonObject]) -> ValidatedRow:
     """The row with the tools that it offers, which are part of its prompt. Raises InvalidValue."""
     if row.prompt_form == "strings":
         if tools:
-            raise InvalidValue(TOOLS_COLUMN, "would not be used: tools need messages; write prompt and answer as lists of messages")
+            raise InvalidValue(
+                TOOLS_COLUMN, "would not be used: tools need messages; write prompt and answer as lists of messages", "unused_field"
+            )
         return row
     known = get_tool_names(tools) if tools else ()
     has_tools = bool(tools)
@@ -116,9 +121,9 @@ def _add_tools(row: ValidatedRow, tools: list[JsonObject]) -> ValidatedRow:
             function = call["function"]["name"]
             if tools and function not in known:
                 names = join_names([preview(each) for each in known[:10]])
-                raise InvalidValue(f"{field}.function.name", f"is {preview(function)}; the row's tools are {names}")
+                raise InvalidValue(f"{field}.function.name", f"is {preview(function)}; the row's tools are {names}", "call_mismatch")
     if has_tools and row.images.uris:
-        raise InvalidValue("", "has images and tools; a row may have one or the other")
+        raise InvalidValue("", "has images and tools; a row may have one or the other", "images_and_tools")
     if not tools:
         return row._replace(has_tools=True) if has_tools else row
     prompt = {TOOLS_COLUMN: tools, "prompt": row.prompt}
@@ -131,13 +136,13 @@ def detect_form(columns: dict[str, object]) -> TextDatasetType:
     names = COLUMNS_BY_TYPE[row_format]
     for name in names:
         if name not in columns and not (row_format == "preference" and name == "prompt"):
-            raise InvalidValue(name, f"is missing; a {row_format} row has the columns {join_names(names)}")
+            meant = suggest(name, [other for other in columns if other not in names])
+            raise InvalidValue(name, f"is missing; a {row_format} row has the columns {join_names(names)}{meant}", "missing_field")
     for name in columns:
         if name not in names and row_format != "prompt" and (name != TOOLS_COLUMN or row_format == "text"):
             advice = "; put each image into its message" if name in ("image", "images") else ""
-            raise InvalidValue(
-                preview(name), f"would not be used: a {row_format} row has only {join_names(names)}; drop the column{advice}"
-            )
+            reason = f"would not be used: a {row_format} row has only {join_names(names)}; drop the column{advice}"
+            raise InvalidValue(preview(name), reason, "unused_field")
     return row_format
 
 
@@ -153,14 +158,17 @@ def _detect_form_by_columns(columns: dict[str, object]) -> TextDatasetType:
     if "prompt" in columns:
         return "prompt"
     names = ", ".join(preview(name) for name in list(columns)[:5])
-    raise InvalidValue("", f"has {f'the columns {names}' if names else 'no columns'}; {EXPECTED_ROW}")
+    meant = next(filter(None, (suggest(name, KNOWN_COLUMNS) for name in list(columns)[:MAX_SUGGESTED_COLUMNS])), "")
+    raise InvalidValue("", f"has {f'the columns {names}' if names else 'no columns'}{meant}; {EXPECTED_ROW}", "unknown_form")
 
 
 def _parse_chat(value: object) -> ValidatedRow:
     messages = parse_conversation(value, "messages", last_role="assistant", has_weights=True)
     has_weights = any("weight" in message for message in messages)
     if has_weights and all("weight" in message for message in messages if message["role"] == "assistant"):
-        raise InvalidValue("messages", "has weight 0 on every assistant message, which leaves nothing to learn; drop the row")
+        raise InvalidValue(
+            "messages", "has weight 0 on every assistant message, which leaves nothing to learn; drop the row", "nothing_to_learn"
+        )
     # Rows that differ in weights only have the same prompt.
     prompt = (
         [{key: value for key, value in message.items() if key != "weight"} for message in messages[:-1]] if has_weights else messages[:-1]
@@ -192,7 +200,7 @@ def _parse_preference(columns: dict[str, object]) -> ValidatedRow:
         prompt = _parse_text_conversation(columns["prompt"], "prompt", last_role="user")
         chosen, rejected = (_parse_answer(columns[name], name, prompt) for name in ("chosen", "rejected"))
     if chosen == rejected:
-        raise InvalidValue("rejected", "is the same as chosen, which gives nothing to learn; drop the row")
+        raise InvalidValue("rejected", "is the same as chosen, which gives nothing to learn; drop the row", "nothing_to_learn")
     shape = f"preference with {'strings' if isinstance(prompt, str) else 'messages'}"
     return ValidatedRow("preference", shape, {"prompt": prompt, "chosen": chosen, "rejected": rejected}, prompt)
 
@@ -200,18 +208,20 @@ def _parse_preference(columns: dict[str, object]) -> ValidatedRow:
 def _split_shared_prompt(columns: dict[str, object]) -> tuple[list[Message], list[Message], list[Message]]:
     """Split two whole conversations that differ only in their last message into prompt, chosen and rejected answer."""
     if not (isinstance(columns["chosen"], list) and isinstance(columns["rejected"], list)):
-        raise InvalidValue("prompt", "is missing; add it, or send chosen and rejected as whole conversations, two lists of messages")
+        reason = "is missing; add it, or send chosen and rejected as whole conversations, two lists of messages"
+        raise InvalidValue("prompt", reason, "missing_field")
     chosen, rejected = (_parse_text_conversation(columns[name], name, last_role="assistant") for name in ("chosen", "rejected"))
     shared = len(chosen) - 1
     if len(rejected) != len(chosen) or rejected[:shared] != chosen[:shared]:
-        raise InvalidValue("rejected", "differs from chosen before its last message; without a prompt, only the last answers may differ")
+        reason = "differs from chosen before its last message; without a prompt, only the last answers may differ"
+        raise InvalidValue("rejected", reason, "different_prompts")
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
 def _parse_unpaired_preference(columns: dict[str, object]) -> ValidatedRow:
     label = columns["label"]
     if not isinstance(label, bool):
-        raise InvalidValue("label", f"is {describe_type(label)}; write true for a good completion, false for a bad one")
+        raise InvalidValue("label", f"is {describe_type(label)}; write true for a good completion, false for a bad one", "wrong_type")
     pair = _parse_prompt_completion("unpaired_preference", columns)
     return pair._replace(columns={**pair.columns, "label": label}, label=label)
 
@@ -219,12 +229,12 @@ def _parse_unpaired_preference(columns: dict[str, object]) -> ValidatedRow:
 def _parse_prompt(columns: dict[str, object]) -> ValidatedRow:
     value = columns["prompt"]
     if not isinstance(value, list | str):
-        raise InvalidValue("prompt", f"is {describe_type(value)}; it must be a string or a list of messages")
+        raise InvalidValue("prompt", f"is {describe_type(value)}; it must be a string or a list of messages", "wrong_type")
     prompt = (
         check_text(value, "prompt") if isinstance(value, str) else _parse_text_conversation(cast(object, value), "prompt", last_role="user")
     )
     if len(columns) - 1 > MAX_COLUMNS:
-        raise InvalidValue("", f"has {len(columns) - 1:,} columns beside the prompt; at most {MAX_COLUMNS}")
+        raise InvalidValue("", f"has {len(columns) - 1:,} columns beside the prompt; at most {MAX_COLUMNS}", "too_many")
     extra = tuple(sorted(name for name in columns if name != "prompt"))
     stored: dict[str, object] = {"prompt": prompt}
     for name in extra:
@@ -240,9 +250,11 @@ def _describe_prompt_shape(stored: dict[str, object], extra: tuple[str, ...]) ->
 def _parse_extra_column(name: str, value: object) -> str | bool | Number:
     """A column beside a prompt, which graders may read."""
     if not COLUMN_NAME.fullmatch(name):
-        raise InvalidValue(preview(name), "is not a valid column name: use letters, digits and _, 64 at most, and no digit first")
+        reason = "is not a valid column name: use letters, digits and _, 64 at most, and no digit first"
+        raise InvalidValue(preview(name), reason, "wrong_name")
     if similar := _suggest_column(name):
-        raise InvalidValue(name, f"is close to {similar!r}; name it {similar!r}, or choose a clearly different name for a grader column")
+        reason = f"is close to {similar!r}; name it {similar!r}, or choose a clearly different name for a grader column"
+        raise InvalidValue(name, reason, "wrong_name")
     match value:
         case bool():
             return value
@@ -251,7 +263,8 @@ def _parse_extra_column(name: str, value: object) -> str | bool | Number:
         case str():
             return json_safe(value, name)
         case _:
-            raise InvalidValue(name, f"is {describe_type(value)}; a column beside a prompt is a string, a number, true or false")
+            reason = f"is {describe_type(value)}; a column beside a prompt is a string, a number, true or false"
+            raise InvalidValue(name, reason, "wrong_type")
 
 
 @lru_cache(maxsize=1024)
@@ -266,12 +279,12 @@ def _suggest_column(name: str) -> str | None:
 def _check_same_type(columns: dict[str, object], names: tuple[str, ...], hint: str = "") -> None:
     for name in names:
         if not isinstance(columns[name], list | str):
-            raise InvalidValue(name, f"is {describe_type(columns[name])}; it must be a string or a list of messages")
+            raise InvalidValue(name, f"is {describe_type(columns[name])}; it must be a string or a list of messages", "wrong_type")
     first = names[0]
     for name in names:
         if isinstance(columns[name], str) != isinstance(columns[first], str):
             types = f"is {describe_type(columns[name])} and {first} is {describe_type(columns[first])}"
-            raise InvalidValue(name, f"{types}; {join_names(names)} must all be strings, or all lists of messages{hint}")
+            raise InvalidValue(name, f"{types}; {join_names(names)} must all be strings, or all lists of messages{hint}", "wrong_type")
 
 
 def _parse_answer(value: object, field: str, prompt: list[Message] | None = None) -> list[Message]:
@@ -281,9 +294,9 @@ def _parse_answer(value: object, field: str, prompt: list[Message] | None = None
         answer = answer[-1:]
     if len(answer) != 1:
         reason = "the messages before it are not the prompt" if prompt else "the messages before it belong to the prompt"
-        raise InvalidValue(field, f"has {len(answer)} messages; it must have one, and {reason}")
+        raise InvalidValue(field, f"has {len(answer)} messages; it must have one, and {reason}", "role_order")
     if answer[0]["role"] != "assistant":
-        raise InvalidValue(f"{field}[0].role", f"is '{answer[0]['role']}'; it must be 'assistant'")
+        raise InvalidValue(f"{field}[0].role", f"is '{answer[0]['role']}'; it must be 'assistant'", "role_order")
     return answer
 
 
@@ -296,7 +309,7 @@ def _parse_text_conversation(value: object, field: str, *, last_role: LastRole) 
 
 def _reject_images(messages: list[Message], field: str) -> Images:
     for path, _ in iter_image_parts(messages, field):
-        raise InvalidValue(path, "is an image; images are allowed in rows of messages and of prompt and completion")
+        raise InvalidValue(path, "is an image; images are allowed in rows of messages and of prompt and completion", "image_not_allowed")
     return NO_IMAGES
 
 
@@ -304,7 +317,7 @@ def _check_images(messages: list[Message], field: str) -> Images:
     """The checked images of a conversation."""
     parts = list(iter_image_parts(messages, field))
     if len(parts) > MAX_IMAGES:
-        raise InvalidValue(field, f"has {len(parts)} images; at most {MAX_IMAGES} are allowed in a row")
+        raise InvalidValue(field, f"has {len(parts)} images; at most {MAX_IMAGES} are allowed in a row", "too_many")
     pixels = 0
     for path, image in parts:
         pixels += check_image(image, path, MAX_ROW_PIXELS - pixels)

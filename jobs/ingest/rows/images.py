@@ -46,7 +46,7 @@ def normalize_image_part(part: dict[str, object], field: str) -> str:
     """The image of a part as a `data:` URI in its stored form. Its bytes are not checked yet. Raises InvalidValue."""
     key = "image" if part.get("type") == "image" else "image_url"
     if key not in part:
-        raise InvalidValue(f"{field}.{key}", f"is missing; an image is {EXAMPLE_IMAGE_PART}")
+        raise InvalidValue(f"{field}.{key}", f"is missing; an image is {EXAMPLE_IMAGE_PART}", "missing_field")
     check_keys(part, field, ("type", key) if "type" in part else (key,))
     value, path = part[key], f"{field}.{key}"
     if key == "image_url" and isinstance(value, dict):
@@ -64,24 +64,26 @@ def check_image(uri: str, field: str, max_pixels: int) -> int:
     declared, content = _decode_data_uri(uri, field)
     detected = _detect_format(content)
     if detected is None:
-        raise InvalidValue(field, "is not a PNG, JPEG or WebP image")
+        raise InvalidValue(field, "is not a PNG, JPEG or WebP image", "invalid_image")
     if detected != declared:
-        raise InvalidValue(field, f"declares image/{declared}, but is a {FORMAT_NAMES[detected]} image; write data:image/{detected}")
+        reason = f"declares image/{declared}, but is a {FORMAT_NAMES[detected]} image; write data:image/{detected}"
+        raise InvalidValue(field, reason, "invalid_image")
     if detected == "jpeg" and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
-        raise InvalidValue(field, f"is a JPEG image of {scans:,} scans; at most {MAX_SCANS} are allowed: save it again")
+        reason = f"is a JPEG image of {scans:,} scans; at most {MAX_SCANS} are allowed: save it again"
+        raise InvalidValue(field, reason, "invalid_image")
     with DECODE_LOCK:
         result = _decode(detected, content, max_pixels)
     if isinstance(result, str):
-        raise InvalidValue(field, result)
+        raise InvalidValue(field, result, "invalid_image")
     return result
 
 
 def _normalize_data_uri(value: object, field: str) -> str:
     if not isinstance(value, str):
-        raise InvalidValue(field, f"is {describe_type(value)}; an image is {EXAMPLE_IMAGE_PART}")
+        raise InvalidValue(field, f"is {describe_type(value)}; an image is {EXAMPLE_IMAGE_PART}", "wrong_type")
     header = DATA_URI_HEADER.match(value)
     if header is None:
-        raise InvalidValue(field, _data_uri_error(value))
+        raise InvalidValue(field, _data_uri_error(value), "invalid_image")
     declared = header[1].lower().replace("jpg", "jpeg")
     stored = f"data:image/{declared};base64,"
     return value if header[0] == stored else stored + value[header.end() :]
@@ -103,7 +105,8 @@ def _decode_data_uri(uri: str, field: str) -> tuple[str, bytes]:
         content = binascii.a2b_base64(payload, strict_mode=True)
     except ValueError as error:
         reason = str(error).lower()
-        raise InvalidValue(field, f"is not base64 ({reason}); write the standard alphabet, padded, without line breaks") from error
+        message = f"is not base64 ({reason}); write the standard alphabet, padded, without line breaks"
+        raise InvalidValue(field, message, "invalid_image") from error
     return header.removeprefix("data:image/").removesuffix(";base64"), content
 
 

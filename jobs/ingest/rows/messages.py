@@ -20,6 +20,7 @@ from jobs.ingest.rows.values import (
     join_names,
     json_safe,
     preview,
+    suggest,
 )
 
 Part = dict[str, str]
@@ -78,7 +79,7 @@ def parse_conversation(value: object, field: str, *, last_role: LastRole, has_we
         message = messages[index]
         if message["role"] != expected:
             rule = f"{_describe_calls(calls)} without an answer" if calls else TURN_ORDER_RULE
-            raise InvalidValue(f"{field}[{index}].role", f"is '{message['role']}'; it must be '{expected}': {rule}")
+            raise InvalidValue(f"{field}[{index}].role", f"is '{message['role']}'; it must be '{expected}': {rule}", "role_order")
         if expected == "assistant":
             calls = {call["id"]: call["function"]["name"] for call in message.get("tool_calls", [])}
             answered = set()
@@ -95,10 +96,11 @@ def parse_conversation(value: object, field: str, *, last_role: LastRole, has_we
 def parse_messages(value: object, field: str, *, has_weights: bool = False) -> list[Message]:
     """A list of messages in any order. Raises InvalidValue."""
     if not isinstance(value, list):
-        raise InvalidValue(field, f"is {describe_type(value)}; it must be a list of messages")
+        raise InvalidValue(field, f"is {describe_type(value)}; it must be a list of messages", "wrong_type")
     messages = cast(Values, value)
     if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise InvalidValue(field, f"has {len(messages)} messages; it must have 1 to {MAX_MESSAGES}")
+        code = "too_many" if messages else "empty"
+        raise InvalidValue(field, f"has {len(messages)} messages; it must have 1 to {MAX_MESSAGES}", code)
     return [_parse_message(message, f"{field}[{index}]", has_weights=has_weights) for index, message in enumerate(messages)]
 
 
@@ -122,13 +124,15 @@ def _answer_call(message: Message, field: str, calls: dict[str, str], answered: 
     """Move the call that a tool message answers from `calls` to `answered`. Raises InvalidValue."""
     call_id = message.get("tool_call_id", "")
     if call_id in answered:
-        raise InvalidValue(f"{field}.tool_call_id", f"is {preview(call_id)}, which an earlier tool message answers")
+        raise InvalidValue(f"{field}.tool_call_id", f"is {preview(call_id)}, which an earlier tool message answers", "call_mismatch")
     if call_id not in calls:
-        raise InvalidValue(f"{field}.tool_call_id", f"is {preview(call_id)}; the assistant message before has {_describe_calls(calls)}")
+        reason = f"is {preview(call_id)}; the assistant message before has {_describe_calls(calls)}"
+        raise InvalidValue(f"{field}.tool_call_id", reason, "call_mismatch")
     function = calls.pop(call_id)
     answered.add(call_id)
     if message.get("name", function) != function:
-        raise InvalidValue(f"{field}.name", f"is {preview(message.get('name', ''))}, but {preview(call_id)} calls {preview(function)}")
+        reason = f"is {preview(message.get('name', ''))}, but {preview(call_id)} calls {preview(function)}"
+        raise InvalidValue(f"{field}.name", reason, "call_mismatch")
 
 
 def _describe_calls(calls: dict[str, str]) -> str:
@@ -138,10 +142,12 @@ def _describe_calls(calls: dict[str, str]) -> str:
 def _check_last_message(messages: list[Message], field: str, last_role: LastRole, calls: dict[str, str]) -> None:
     role = messages[-1]["role"]
     if role == "tool" and calls:
-        raise InvalidValue(field, f"ends with {_describe_calls(calls)} without an answer; each call needs a tool message")
+        reason = f"ends with {_describe_calls(calls)} without an answer; each call needs a tool message"
+        raise InvalidValue(field, reason, "call_mismatch")
     if role != last_role and not (role == "tool" and last_role == "user"):
         expected = "'user' or 'tool'" if last_role == "user" else f"'{last_role}'"
-        raise InvalidValue(f"{field}[{len(messages) - 1}].role", f"is '{role}'; the last message must be from {expected}")
+        reason = f"is '{role}'; the last message must be from {expected}"
+        raise InvalidValue(f"{field}[{len(messages) - 1}].role", reason, "role_order")
 
 
 def _parse_message(value: object, field: str, *, has_weights: bool) -> Message:
@@ -166,11 +172,13 @@ def _parse_message(value: object, field: str, *, has_weights: bool) -> Message:
 
 def _parse_role(message: JsonObject, field: str) -> str:
     if "role" not in message:
-        raise InvalidValue(f"{field}.role", "is missing")
+        raise InvalidValue(f"{field}.role", f"is missing{suggest('role', message)}", "missing_field")
     role = message["role"]
     if not isinstance(role, str) or role not in ROLES:
         described = preview(role) if isinstance(role, str) else describe_type(role)
-        raise InvalidValue(f"{field}.role", f"is {described}; known roles: {', '.join(ROLES)}")
+        meant = suggest(role, ROLES) if isinstance(role, str) else ""
+        code = "unknown_role" if isinstance(role, str) else "wrong_type"
+        raise InvalidValue(f"{field}.role", f"is {described}; known roles: {', '.join(ROLES)}{meant}", code)
     return "system" if role == "developer" else role
 
 
@@ -178,11 +186,12 @@ def _check_message_keys(message: JsonObject, role: str, field: str) -> None:
     known = KEYS_BY_ROLE[role]
     for key in message:
         if key not in known:
-            only = join_names(known)
-            raise InvalidValue(f"{field}.{preview(key)}", f"would not be used: only {only} are{ADVICE_BY_KEY.get(key, '')}; drop it")
+            missing = [name for name in known if name not in message]
+            advice = ADVICE_BY_KEY.get(key, "") + (suggest(key, missing) or "; drop it")
+            raise InvalidValue(f"{field}.{preview(key)}", f"would not be used: only {join_names(known)} are{advice}", "unused_field")
     for key in ("content", "tool_call_id") if role == "tool" else () if message.get("tool_calls") else ("content",):
         if key not in message:
-            raise InvalidValue(f"{field}.{key}", "is missing")
+            raise InvalidValue(f"{field}.{key}", "is missing", "missing_field")
 
 
 def _parse_content(message: JsonObject, role: str, field: str, *, has_calls: bool) -> str | list[Part]:
@@ -200,11 +209,11 @@ def _parse_content(message: JsonObject, role: str, field: str, *, has_calls: boo
 
 def _parse_weight(value: object, field: str, *, has_weights: bool) -> int:
     if not has_weights:
-        raise InvalidValue(field, "would not be used: weights are for rows of messages; drop it")
+        raise InvalidValue(field, "would not be used: weights are for rows of messages; drop it", "unused_field")
     weight = WEIGHTS.get(value.literal) if isinstance(value, Number) else None
     if weight is None:
         described = value.literal[:20] if isinstance(value, Number) else describe_type(value)
-        raise InvalidValue(field, f"is {described}; it must be 0, which leaves the message out of the loss, or 1")
+        raise InvalidValue(field, f"is {described}; it must be 0, which leaves the message out of the loss, or 1", "wrong_value")
     return weight
 
 
@@ -215,7 +224,8 @@ def _join_parts(values: Values, role: str, field: str) -> str | list[Part]:
     if first_image is None:
         return "".join(part["text"] for part in parts)
     if role != "user":
-        raise InvalidValue(f"{field}[{first_image}]", f"is an image in a message of role '{role}'; only 'user' messages may have images")
+        reason = f"is an image in a message of role '{role}'; only 'user' messages may have images"
+        raise InvalidValue(f"{field}[{first_image}]", reason, "image_not_allowed")
     return parts
 
 
@@ -225,8 +235,8 @@ def _parse_part(value: object, field: str) -> Part:
         return {"type": "image", "image": normalize_image_part(part, field)}
     check_keys(part, field, ("type", "text"))
     if part["type"] not in TEXT_PART_TYPES:
-        raise InvalidValue(f"{field}.type", "only 'text' and 'image' parts are supported")
+        raise InvalidValue(f"{field}.type", "only 'text' and 'image' parts are supported", "wrong_value")
     text = part["text"]
     if not isinstance(text, str):
-        raise InvalidValue(f"{field}.text", f"is {describe_type(text)}; it must be a string")
+        raise InvalidValue(f"{field}.text", f"is {describe_type(text)}; it must be a string", "wrong_type")
     return {"type": "text", "text": json_safe(text, f"{field}.text")}

@@ -11,7 +11,7 @@ import orjson
 
 from jobs.ingest.rows.forms import ValidatedRow
 from jobs.ingest.rows.values import Number
-from schema.dataset import PromptForm, TextDatasetType
+from schema.types import PromptForm, TextDatasetType
 
 
 class Row(NamedTuple):

@@ -21,6 +21,7 @@ from jobs.ingest.rows.values import (
     json_safe,
     parse_object,
     preview,
+    suggest,
 )
 from schema.json_limits import FREE_FORM_LIMITS
 
@@ -56,16 +57,18 @@ def parse_tools(value: object, field: str) -> list[JsonObject]:
         return []
     if not isinstance(value, list):
         hint = ": write the list itself, not its JSON as a string" if isinstance(value, str) else ""
-        raise InvalidValue(field, f"is {describe_type(value)}; it must be a list of tools such as {EXAMPLE_TOOL}{hint}")
+        raise InvalidValue(field, f"is {describe_type(value)}; it must be a list of tools such as {EXAMPLE_TOOL}{hint}", "wrong_type")
     values = cast(list[object], value)
     if len(values) > MAX_TOOLS:
-        raise InvalidValue(field, f"has {len(values):,} tools; at most {MAX_TOOLS}")
+        raise InvalidValue(field, f"has {len(values):,} tools; at most {MAX_TOOLS}", "too_many")
     tools = [_parse_tool(tool, f"{field}[{index}]") for index, tool in enumerate(values)]
     names: set[str] = set()
     for index, tool in enumerate(tools):
         name = cast(str, cast(JsonObject, tool["function"])["name"])
         if name in names:
-            raise InvalidValue(f"{field}[{index}].function.name", f"is {preview(name)}, which an earlier tool has; keep one")
+            raise InvalidValue(
+                f"{field}[{index}].function.name", f"is {preview(name)}, which an earlier tool has; keep one", "repeated_name"
+            )
         names.add(name)
     return tools
 
@@ -80,15 +83,16 @@ def parse_tool_calls(value: object, field: str) -> list[ToolCall]:
     if value is None or value == []:
         return []
     if not isinstance(value, list):
-        raise InvalidValue(field, f"is {describe_type(value)}; it must be a list of calls such as {EXAMPLE_CALL}")
+        raise InvalidValue(field, f"is {describe_type(value)}; it must be a list of calls such as {EXAMPLE_CALL}", "wrong_type")
     values = cast(list[object], value)
     if len(values) > MAX_CALLS:
-        raise InvalidValue(field, f"has {len(values):,} calls; at most {MAX_CALLS}")
+        raise InvalidValue(field, f"has {len(values):,} calls; at most {MAX_CALLS}", "too_many")
     calls = [_parse_call(call, f"{field}[{index}]") for index, call in enumerate(values)]
     ids: set[str] = set()
     for index, call in enumerate(calls):
         if call["id"] in ids:
-            raise InvalidValue(f"{field}[{index}].id", f"is {preview(call['id'])}, which another call of this message has")
+            reason = f"is {preview(call['id'])}, which another call of this message has"
+            raise InvalidValue(f"{field}[{index}].id", reason, "repeated_name")
         ids.add(call["id"])
     return calls
 
@@ -97,7 +101,7 @@ def parse_call_id(value: object, field: str) -> str:
     """The id of a call. Raises InvalidValue."""
     call_id = check_text(value, field)
     if len(call_id) > MAX_ID_CHARS:
-        raise InvalidValue(field, f"has {len(call_id):,} characters; at most {MAX_ID_CHARS}")
+        raise InvalidValue(field, f"has {len(call_id):,} characters; at most {MAX_ID_CHARS}", "wrong_name")
     return call_id
 
 
@@ -105,7 +109,7 @@ def parse_function_name(value: object, field: str) -> str:
     """The name of a function. Raises InvalidValue."""
     name = check_text(value, field)
     if not FUNCTION_NAME.fullmatch(name):
-        raise InvalidValue(field, f"is {preview(name)}; a function's name has 1 to 64 letters, digits, '_', '-' and '.'")
+        raise InvalidValue(field, f"is {preview(name)}; a function's name has 1 to 64 letters, digits, '_', '-' and '.'", "wrong_name")
     return name
 
 
@@ -118,13 +122,16 @@ def _parse_tool(value: object, field: str) -> JsonObject:
     known = ("name", "description", *SCHEMA_FIELDS, "strict")
     for key in function:
         if key not in known:
-            raise InvalidValue(f"{path}.{preview(key)}", f"would not be used: a function has only {join_names(known)}; drop it")
+            meant = suggest(key, [name for name in known if name not in function]) or "; drop it"
+            raise InvalidValue(
+                f"{path}.{preview(key)}", f"would not be used: a function has only {join_names(known)}{meant}", "unused_field"
+            )
     if "name" not in function:
-        raise InvalidValue(f"{path}.name", "is missing")
+        raise InvalidValue(f"{path}.name", "is missing", "missing_field")
     stored: JsonObject = {"name": parse_function_name(function["name"], f"{path}.name")}
     if (description := function.get("description")) is not None:
         if not isinstance(description, str):
-            raise InvalidValue(f"{path}.description", f"is {describe_type(description)}; it must be a string")
+            raise InvalidValue(f"{path}.description", f"is {describe_type(description)}; it must be a string", "wrong_type")
         stored["description"] = json_safe(description, f"{path}.description")
     for key in SCHEMA_FIELDS:
         if (schema := function.get(key)) is not None:
@@ -132,7 +139,7 @@ def _parse_tool(value: object, field: str) -> JsonObject:
             check_json(stored[key], f"{path}.{key}", FREE_FORM_LIMITS.max_depth)
     if (strict := function.get("strict")) is not None:
         if not isinstance(strict, bool):
-            raise InvalidValue(f"{path}.strict", f"is {describe_type(strict)}; it must be true or false")
+            raise InvalidValue(f"{path}.strict", f"is {describe_type(strict)}; it must be true or false", "wrong_type")
         stored["strict"] = strict
     return {"type": "function", "function": stored}
 
@@ -159,4 +166,4 @@ def _parse_arguments(value: object, field: str) -> JsonObject:
 def _check_type(value: object, field: str) -> None:
     if value != "function":
         described = preview(value) if isinstance(value, str) else describe_type(value)
-        raise InvalidValue(field, f"is {described}; only 'function' is supported")
+        raise InvalidValue(field, f"is {described}; only 'function' is supported", "wrong_value")

@@ -177,6 +177,12 @@ class MemoryJobStore:
             self._dataset_keys[dataset.processed_dataset_id] = (dataset.tenant_id, dataset.created_at.isoformat())
             self._usage[STORED, dataset_bytes_key(dataset.processed_dataset_id)] = dataset_entry(dataset)
 
+    def replace_dataset(self, dataset: Dataset) -> None:
+        with self._lock:
+            if self.find_dataset_tenant(dataset.processed_dataset_id) != dataset.tenant_id:
+                raise NotFound(f"no dataset {dataset.processed_dataset_id!r}")
+            self.create_dataset(dataset)
+
     def find_dataset(self, dataset_id: str) -> Dataset | None:
         text = self._datasets.get(dataset_id)
         return load_record(Dataset, text) if text is not None else None

@@ -198,6 +198,13 @@ class SqliteJobStore:
             db.execute("INSERT INTO datasets VALUES (?, ?, ?, ?)", values)
             write_usage(db, [dataset_entry(dataset)])
 
+    def replace_dataset(self, dataset: Dataset) -> None:
+        values = (dump_record(dataset), dataset.processed_dataset_id, dataset.tenant_id)
+        with self._database.transaction() as db:
+            if db.execute("UPDATE datasets SET record = ? WHERE dataset_id = ? AND tenant_id = ?", values).rowcount == 0:
+                raise NotFound(f"no dataset {dataset.processed_dataset_id!r}")
+            write_usage(db, [dataset_entry(dataset)])
+
     def find_dataset(self, dataset_id: str) -> Dataset | None:
         return _load_first(self._database.read("SELECT record FROM datasets WHERE dataset_id = ?", dataset_id), Dataset)
 

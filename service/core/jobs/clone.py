@@ -11,6 +11,7 @@ from schema.requests import CloneRequest, TrainRequest
 from schema.training import TrainingConfig
 from schema.types import JOB_PREFIX
 from service.core.errors import InvalidRequest
+from service.core.jobs.kinds import training_of
 from service.core.jobs.secrets import HF_SECRET, FieldPath, iter_config_secrets
 
 JsonObject = dict[str, JsonValue]
@@ -20,11 +21,11 @@ SECRET_FIELDS = ("api_key", "token")
 def clone_request(
     source: Job, patch: CloneRequest, *, deployment_secrets: frozenset[str], deployment_trackers: frozenset[str]
 ) -> TrainRequest:
-    """The changed request. Raises ValidationError when it is not valid, InvalidRequest when a secret is missing.
+    """The changed request. Raises ValidationError when it is not valid, InvalidRequest when a secret is missing or the job trained nothing.
 
     `deployment_trackers` are the kinds of trackers that the deployment adds, `deployment_secrets` the names of their secrets.
     """
-    sent = {name: value for name, value in original_request(source.training_config).items() if name not in deployment_trackers}
+    sent = {name: value for name, value in original_request(training_of(source)).items() if name not in deployment_trackers}
     if source.earlier_model:
         sent["base_model_id"] = f"{JOB_PREFIX}{source.earlier_model.job_id}"
     config = merge_patch(sent, patch.training_config)

@@ -3,6 +3,7 @@
 from schema.job import EarlierModel, Job, Status
 from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest, NotFound
+from service.core.jobs.kinds import training_of
 from service.core.jobs.repository import JobRepository
 from service.core.principals import Principal
 from service.core.validation import start_from_model
@@ -23,6 +24,7 @@ def resolve_earlier_model(
     if earlier is None:
         hint = "base_model_id names a job of yours, as GET /jobs lists them, or a model of the Hub"
         raise NotFound(f"no job {config.earlier_job_id!r}", hint=hint, param=BASE_PARAM)
+    training_of(earlier, BASE_PARAM)
     _check_completed(earlier)
     return start_from_model(config, earlier)
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from schema.job import Job, Status
 from schema.placement import Placement
 from schema.requests import ContinuationOptions, ResumeRequest, RetryRequest
-from schema.training import TrainingConfig
+from schema.training import JobConfig
 from service.core import lifecycle
 from service.core.errors import InvalidRequest
 from service.core.jobs.budget import Budget
@@ -146,7 +146,7 @@ def _change_caps(job: Job, request: ContinuationOptions, now: datetime) -> Job:
     return change_caps(job, now, max_gpu_seconds=request.max_gpu_seconds, max_cost_usd=request.max_cost_usd)
 
 
-def _extend_training(config: TrainingConfig, request: ContinuationOptions) -> TrainingConfig:
+def _extend_training(config: JobConfig, request: ContinuationOptions) -> JobConfig:
     """Raises InvalidRequest for fewer epochs or steps than before, and for the unit that the job's length is not given in."""
     hyperparameters = config.hyperparameters
     changes, problems = dict[str, int](), Problems()

@@ -12,6 +12,7 @@ from schema.training import TrainingConfig
 from service.core.errors import InvalidRequest, NotFound
 from service.core.jobs.budget import Budget
 from service.core.jobs.checkpoints import StoredCheckpoint, describe_deletion, list_checkpoints
+from service.core.jobs.kinds import training_of
 from service.core.jobs.repository import JobRepository, compute_digest
 from service.core.jobs.secrets import HF_SECRET
 from service.core.jobs.submit import make_job_id
@@ -53,6 +54,7 @@ class Exports:
         """Create a job that exports the checkpoint of one step. Raises NotFound, Unsupported, InvalidRequest, QuotaExceeded."""
         principal.require(Scope.JOBS_WRITE)
         source = self._repository.find(principal, job_id)
+        training_of(source)
         stored = _pick_checkpoint(list_checkpoints(self._models, source), source, step, request.attempt)
         secrets = {HF_SECRET: request.hf_token.get_secret_value()} if request.hf_token else {}
         config, placements = self._check(source, request, secrets.get(HF_SECRET))
@@ -89,7 +91,7 @@ class Exports:
 
     def _check(self, source: Job, request: ExportRequest, token: str | None) -> tuple[TrainingConfig, tuple[Placement, ...]]:
         """The configuration of the export and its placements. Raises InvalidRequest, Unsupported or NotFound with every problem."""
-        problems, config, placements = Problems(), source.training_config, ()
+        problems, config, placements = Problems(), training_of(source), ()
         with problems.collect():
             config = _make_export_config(config, request, source.earlier_model)
             with problems.collect():
@@ -109,6 +111,7 @@ class Exports:
         """Export a job's model again; without a step, the published checkpoint if it is stored, else the newest. Raises as `export`."""
         principal.require(Scope.JOBS_WRITE)
         source = self._repository.find(principal, job_id)
+        training_of(source)
         stored = list_checkpoints(self._models, source)
         if not stored:
             raise _no_checkpoint_error(source)

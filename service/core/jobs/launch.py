@@ -6,11 +6,13 @@ passes the attempt on to the next placement of its job.
 
 import logging
 from collections.abc import Mapping
+from typing import cast
 
 from schema.checkpoint import checkpoints_prefix
 from schema.job import Attempt, Failure, Job
 from schema.placement import Placement
 from schema.spec import JobSpec, StoreUrls, attempt_name, spec_key
+from schema.training import SpecConfig
 from service.core import lifecycle
 from service.core.errors import LaunchFailed, NoCapacity, NotFound, StaleRevision, TunesmithError, Unavailable, UnreadableRecord
 from service.core.jobs.ownership import JobMarks
@@ -108,7 +110,7 @@ class AttemptStarter:
             job_name=job.job_name,
             tenant_id=job.tenant_id,
             project_id=job.project_id,
-            training_config=job.training_config,
+            training_config=cast(SpecConfig, job.training_config),
             dataset=datasets[0].dataset,
             mixed_datasets=datasets if job.datasets else (),
             stores=StoreUrls(datasets=self._buckets.datasets.url, models=self._buckets.models.url, configs=self._buckets.configs.url),

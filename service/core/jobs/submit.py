@@ -12,6 +12,7 @@ from service.core.errors import InvalidRequest, NotFound
 from service.core.jobs.budget import Budget
 from service.core.jobs.clone import clone_request
 from service.core.jobs.continuation import resolve_earlier_model
+from service.core.jobs.kinds import training_of
 from service.core.jobs.repository import JobRepository, compute_digest
 from service.core.jobs.secrets import HF_SECRET, extract_request_secrets, redact
 from service.core.jobs.trackers import DeploymentTrackers, add_deployment_trackers, deployment_tracker_secrets, deployment_trackers_of
@@ -72,6 +73,7 @@ class Submission:
         if source.export_of:
             hint = f"export again: POST /jobs/{source.export_of.job_id}/export"
             raise InvalidRequest(f"{job_id} trained nothing; it exported a checkpoint of {source.export_of.job_id}", hint=hint)
+        training_of(source)
         request = clone_request(
             source,
             patch,

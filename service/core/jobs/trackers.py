@@ -5,7 +5,7 @@ from typing import Self
 from pydantic import BaseModel, model_validator
 
 from schema.base import Strict
-from schema.training import TrainingConfig
+from schema.training import JobConfig, TrainingConfig
 from schema.training.trackers import MlflowConfig, TensorboardConfig, TrackioConfig, WandbConfig
 from service.core.jobs.secrets import extract_config_secrets, redact
 
@@ -31,13 +31,13 @@ def add_deployment_trackers(config: TrainingConfig, trackers: DeploymentTrackers
     return config.model_copy(update=added) if added else config
 
 
-def deployment_trackers_of(config: TrainingConfig, trackers: DeploymentTrackers) -> dict[str, BaseModel]:
+def deployment_trackers_of(config: JobConfig, trackers: DeploymentTrackers) -> dict[str, BaseModel]:
     """Those of a stored job's trackers that are the deployment's: by kind, with their secrets."""
     stored = dict(config)
     return {kind: tracker for kind, tracker in trackers if tracker is not None and redact(tracker) == stored.get(kind)}
 
 
-def deployment_tracker_secrets(config: TrainingConfig, trackers: DeploymentTrackers) -> dict[str, str]:
+def deployment_tracker_secrets(config: JobConfig, trackers: DeploymentTrackers) -> dict[str, str]:
     """The secrets of the deployment's trackers that a job uses, by name. No caller has to send them."""
     return extract_config_secrets(
         trackers.model_copy(update=dict.fromkeys(DeploymentTrackers.model_fields) | deployment_trackers_of(config, trackers))

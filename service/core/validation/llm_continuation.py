@@ -8,7 +8,7 @@ LoRA only, and only where both adapters name their layers alike.
 import hashlib
 
 from schema.job import Artifact, EarlierModel, Job
-from schema.training import TrainingConfig
+from schema.training import IngestConfig, TrainingConfig
 from service.core.errors import InvalidRequest
 
 BASE_PARAM = "training_config.base_model_id"
@@ -18,7 +18,7 @@ ARTIFACT_KINDS = ("adapter", "merged")  # what a training can start from, the be
 def start_from_model(config: TrainingConfig, earlier: Job) -> tuple[TrainingConfig, EarlierModel]:
     """The configuration with the original base and a format that can be published, and the model to start from. Raises InvalidRequest."""
     trained = earlier.training_config
-    if trained.family != config.family:
+    if isinstance(trained, IngestConfig) or trained.family != config.family:
         raise _refusal(f"{earlier.job_id} trained no language model", "name a job that did")
     if trained.trainer_type == "reward" and config.trainer_type != "reward":
         message = f"{earlier.job_id} trained a reward model, which gives scores and cannot learn to answer"

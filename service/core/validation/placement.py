@@ -5,7 +5,7 @@ from pkgutil import resolve_name
 
 from schema.capabilities import EnvironmentManifest, FamilyCapabilities
 from schema.placement import Placement
-from schema.training import TrainingConfig
+from schema.training import JobConfig
 from schema.training.trackers import TRACKERS
 from service.core.errors import Unsupported
 from service.core.launchers import LauncherPool
@@ -17,7 +17,7 @@ SUPPORT_CHECKS = {"llm": "service.core.validation.llm_support:check_support"}
 
 
 def place(
-    config: TrainingConfig, hardware: str | list[str] | None, launchers: LauncherPool, *, is_new: bool = False
+    config: JobConfig, hardware: str | list[str] | None, launchers: LauncherPool, *, is_new: bool = False
 ) -> tuple[Placement, ...]:
     """The placements that a job may use, in the order of the request. Every one of them must be able to run it.
 
@@ -42,7 +42,7 @@ def list_trackers(manifests: Iterable[EnvironmentManifest]) -> list[str]:
     return [name for name in TRACKERS if any(name in names for names in installed)]
 
 
-def check_trackers(config: TrainingConfig, manifests: Iterable[EnvironmentManifest]) -> None:
+def check_trackers(config: JobConfig, manifests: Iterable[EnvironmentManifest]) -> None:
     """Raise Unsupported for a tracker that no environment has in which the job may run."""
     known, problems = list_trackers(manifests), Problems()
     for name in TRACKERS:
@@ -52,7 +52,7 @@ def check_trackers(config: TrainingConfig, manifests: Iterable[EnvironmentManife
     problems.raise_found()
 
 
-def check_environment(config: TrainingConfig, manifest: EnvironmentManifest, profile: Profile) -> None:
+def check_environment(config: JobConfig, manifest: EnvironmentManifest, profile: Profile) -> None:
     """Raise Unsupported when the job needs something that the environment or the hardware does not have."""
     capabilities = manifest.families.get(config.family)
     known = capabilities.trainer_types if capabilities else ()
@@ -62,5 +62,6 @@ def check_environment(config: TrainingConfig, manifest: EnvironmentManifest, pro
         )
         hint = "GET /capabilities lists what this deployment can do"
         raise Unsupported(message + (", ".join(known) or "none"), hint=hint, param="training_config.trainer_type")
-    check: Callable[[TrainingConfig, FamilyCapabilities, Profile], None] = resolve_name(SUPPORT_CHECKS[config.family])
-    check(config, capabilities, profile)
+    if config.family in SUPPORT_CHECKS:
+        check: Callable[[JobConfig, FamilyCapabilities, Profile], None] = resolve_name(SUPPORT_CHECKS[config.family])
+        check(config, capabilities, profile)

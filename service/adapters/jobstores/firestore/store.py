@@ -258,6 +258,20 @@ class FirestoreJobStore:
 
         self._database.run_with_retry(step)
 
+    def replace_dataset(self, dataset: Dataset) -> None:
+        doc_ref, fields = doc_ref_by_id(self._datasets, dataset.processed_dataset_id), build_dataset_fields(dataset)
+
+        def step() -> None:
+            stored = self._database.get(doc_ref)
+            if not stored.exists or stored.get("tenant_id") != dataset.tenant_id:
+                raise NotFound(f"no dataset {dataset.processed_dataset_id!r}")
+            batch = self._database.client.batch()
+            self._database.set_if_unchanged(batch, stored, fields)
+            write_usage(batch, self._usage, [dataset_entry(dataset)])
+            self._database.commit(batch)
+
+        self._database.run_with_retry(step)
+
     def find_dataset(self, dataset_id: str) -> Dataset | None:
         return self._find(doc_ref_by_id(self._datasets, dataset_id), Dataset)
 
