@@ -1,4 +1,4 @@
-"""The files of the corpus that are too large or too hostile to be kept, made in an empty folder: `python -m tests.data.make_corpus FOLDER`."""
+"""`python -m tests.data.make_corpus FOLDER`: make the files of the corpus that are too large or too hostile to be kept."""
 
 import gzip
 import io
@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+CORPUS = Path(__file__).parent / "corpus"
 MIB = 1 << 20
 ROW = '{"prompt": "Who wrote Hamlet?", "completion": "Shakespeare."}\n'
 WORDS = "the committee met on a tuesday to read what nobody had written about "
@@ -20,9 +21,9 @@ def make_gzip_bomb(path: Path) -> None:
 
 
 def make_zip_bomb(path: Path) -> None:
-    """A member of 128 MiB in 128 kB."""
+    """A member of 64 MiB in 64 kB."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("rows.jsonl", ROW.encode() + b" " * (128 * MIB))
+        archive.writestr("rows.jsonl", ROW.encode() + b" " * (64 * MIB))
 
 
 def make_zip_of_many_files(path: Path) -> None:
@@ -43,20 +44,14 @@ def make_zip_with_false_size(path: Path) -> None:
 
 
 def make_spreadsheet_bomb(path: Path) -> None:
-    """A sheet of 200 MiB of empty rows in 200 kB."""
-    rows = b"".join(b'<row r="%d"/>' % number for number in range(1, 2000))
+    """A sheet of 96 MiB of cells in 300 kB, and with it a sheet as it should be."""
+    cells = b'<row><c t="inlineStr"><is><t>a</t></is></c></row>' * 1000
     sheet = b'<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><sheetData>'
-    parts = {
-        "[Content_Types].xml": b'<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types"/>',
-        "xl/workbook.xml": b'<workbook xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main" xmlns:r="http://schemas.'
-        b'openxmlformats.org/officeDocument/2006/relationships"><sheets><sheet name="A" sheetId="1" r:id="rId1"/></sheets></workbook>',
-        "xl/_rels/workbook.xml.rels": b'<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship '
-        b'Id="rId1" Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/worksheet" Target="worksheets/sheet1.xml"/>'
-        b"</Relationships>",
-        "xl/worksheets/sheet1.xml": sheet + rows * (200 * MIB // len(rows)) + b"</sheetData></worksheet>",
-    }
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in parts.items():
+    with zipfile.ZipFile(CORPUS / "two_sheets.xlsx") as real, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in real.namelist():
+            content = real.read(name)
+            if name == "xl/worksheets/sheet2.xml":
+                content = sheet + cells * (96 * MIB // len(cells)) + b"</sheetData></worksheet>"
             archive.writestr(name, content)
 
 
@@ -82,13 +77,13 @@ def make_too_long_row(path: Path) -> None:
 
 
 def make_endless_line(path: Path) -> None:
-    """64 MiB without a line feed."""
-    path.write_bytes(b'{"prompt": "' + b"a" * (64 * MIB))
+    """32 MiB without a line feed."""
+    path.write_bytes(b'{"prompt": "' + b"a" * (32 * MIB))
 
 
 def make_endless_quote(path: Path) -> None:
-    """A table whose quote is never closed, of 64 MiB."""
-    path.write_bytes(b'question,answer\nWho?,"' + b"abcdefg,\n" * (64 * MIB // 9))
+    """A table whose quote is never closed, of 32 MiB."""
+    path.write_bytes(b'question,answer\nWho?,"' + b"abcdefg,\n" * (32 * MIB // 9))
 
 
 def make_wide_table(path: Path) -> None:
@@ -97,8 +92,8 @@ def make_wide_table(path: Path) -> None:
 
 
 def make_deep_array(path: Path) -> None:
-    """A million lists inside each other."""
-    path.write_text("[" * 1_000_000 + "]" * 1_000_000)
+    """600,000 lists inside each other."""
+    path.write_text("[" * 600_000 + "]" * 600_000)
 
 
 def make_long_number(path: Path) -> None:
