@@ -64,6 +64,17 @@ class LauncherPool:
             raise InvalidRequest("hardware names the same profile twice", param="hardware")
         return tuple(offers)
 
+    def list_offers(self, environment: str) -> list[Offer]:
+        """Every profile of the launchers that have the environment, and can tell now what they offer."""
+        offers: list[Offer] = []
+        for launcher in self:
+            try:
+                if environment in launcher.list_environments():
+                    offers += [_offer(launcher, name, environment) for name in launcher.profiles]
+            except Unavailable:
+                continue
+        return offers
+
     def describe_missing(self, job: Job) -> str | None:
         """Why a queued job waits for no launcher of this deployment; None when one of them can take it."""
         if any(name in self._launchers for name in job.launchers):
