@@ -59,7 +59,8 @@ class MemoryNeed(ForwardCompatible):
     """The memory of the device at the peak of a training step, and of the export."""
 
     parts: dict[str, int]  # weights, optimizer, gradients, activations, loss head, backward pass, process
-    peak_bytes: int
+    peak_bytes: int  # of a training step
+    evaluation_bytes: int  # to compute the loss on held-out rows; where memory runs out, it goes on with fewer rows at a time; 0: none
     available_bytes: int | None  # that a training may be planned to take; None: the device's memory is not known
     export_bytes: int  # of the device, at the least
     export_host_bytes: int  # of main memory beside it

@@ -24,8 +24,8 @@ from schema.estimate.llm_export import (
     explain_impossible_export,
     plan_artifacts,
 )
-from schema.estimate.llm_memory import TrainingMemory, usable_memory_bytes
-from schema.estimate.llm_plan import TrainingNeeds, find_fitting_plan
+from schema.estimate.llm_memory import TrainingMemory, estimate_evaluation_bytes, usable_memory_bytes
+from schema.estimate.llm_plan import PassPlan, TrainingNeeds, find_fitting_plan
 from schema.estimate.llm_shapes import ModelShape
 from schema.estimate.llm_steps import StepPlan
 from schema.estimate.prices import estimate_usd, find_price
@@ -125,6 +125,7 @@ class LlmPlanner:
         need = MemoryNeed(
             parts=_list_parts(memory, device),
             peak_bytes=round(memory.peak + device.process_bytes),
+            evaluation_bytes=self._estimate_evaluation_bytes(needs, plan, device),
             available_bytes=None if device.memory_bytes is None else round(usable_memory_bytes(device.memory_bytes)),
             export_bytes=round(export.device + (device.process_bytes if export.device else 0)),
             export_host_bytes=round(export.host),
@@ -189,6 +190,13 @@ class LlmPlanner:
             f"{device.name} can be planned with"
         )
         return f"{message}; {' or '.join(helping)} would fit" if helping else f"{message}; use a smaller base model or larger hardware"
+
+    def _estimate_evaluation_bytes(self, needs: TrainingNeeds, plan: PassPlan, device: Device) -> int:
+        rows = self.facts.held_out.rows
+        if not rows:
+            return 0
+        longest = self.facts.held_out.list_longest(min(plan.batch_size, rows), needs.training.max_seq_length)
+        return round(estimate_evaluation_bytes(needs.model, needs.training, sum(longest)) + device.process_bytes)
 
     def _fits(self, needs: TrainingNeeds, device: Device) -> bool:
         available = inf if device.memory_bytes is None else usable_memory_bytes(device.memory_bytes) - device.process_bytes

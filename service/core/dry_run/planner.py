@@ -157,8 +157,17 @@ def _warn_of_budget(budget: BudgetShare) -> list[DryRunWarning]:
     return warnings
 
 
+def _warn_of_evaluation(requested: HardwareEstimate | None) -> list[DryRunWarning]:
+    memory = requested.memory if requested else None
+    if memory is None or memory.available_bytes is None or memory.evaluation_bytes <= memory.available_bytes:
+        return []
+    message = f"computing the loss on {memory.batch_size} held-out rows at once may need {memory.evaluation_bytes / 1e9:.1f} GB"
+    message += f", and {memory.available_bytes / 1e9:.1f} GB can be planned with"
+    return [DryRunWarning(param="training_config.hyperparameters.batch_size", message=message, hint="lower batch_size or max_seq_length")]
+
+
 def _warn_of_hardware(requested: HardwareEstimate | None) -> list[DryRunWarning]:
     if requested is None or requested.fit not in ("does_not_fit", "fits_with_smaller_batch"):
-        return []
+        return _warn_of_evaluation(requested)
     hint = 'send "auto" as hardware, or as batch_size; accelerators lists what would fit'
     return [DryRunWarning(param="hardware", message=f"{requested.hardware}: {requested.reason}", hint=hint)]
