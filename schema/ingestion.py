@@ -12,6 +12,8 @@ from schema.base import ForwardCompatible, Strict, field_error
 from schema.types import BaseModelId, PromptForm, TextDatasetType
 
 MAX_REPORTED_PROBLEMS = 1000  # bad rows that a report names; the others are counted
+MAX_FOUND_PROBLEMS = 100_000  # bad rows after which reading stops, unless they are dropped
+INDEX_INTERVAL_ROWS = 256  # rows from one position in an index file to the next
 REPORT_SAMPLE_ROWS = 20_000  # rows in which near-duplicates, languages and personal data are looked for, unless all are asked for
 
 FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
@@ -278,15 +280,19 @@ class DatasetReport(ForwardCompatible):
 
 
 class IngestOutcome(ForwardCompatible):
-    """What an ingestion found. Exactly one of these is true: `refused` says why, or `rows` were kept, or only a check was asked for."""
+    """What an ingestion found. Rows were kept if there are `rows`; otherwise `refused` says why, or `problems` do.
 
-    refused: InputProblem | None = None  # the file as a whole
+    After a check there are `rows` and a `report` too: what the valid rows would become. Nothing of it was kept.
+    """
+
+    refused: InputProblem | None = None  # the file as a whole; beside problems, what is wrong with its valid rows together
     detected: Detected | None = None
     rows_read: int = 0
     problems: tuple[RowProblem, ...] = ()  # the first MAX_REPORTED_PROBLEMS
     problem_count: int = 0
     problem_counts: dict[str, int] = Field(default={})  # by code
-    samples: tuple[dict[str, object], ...] = ()  # the first rows as they would be stored, for confirmation
+    stopped_early: bool = False  # after MAX_FOUND_PROBLEMS; what follows was not read
+    samples: tuple[dict[str, object], ...] = ()  # the first rows as they would be stored, with images shortened, for confirmation
     rows: IngestedRows | None = None
     report: DatasetReport | None = None
 

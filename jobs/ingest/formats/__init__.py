@@ -7,6 +7,7 @@ does not belong here.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from jobs.ingest.formats.jsonl import read_jsonl
 from jobs.ingest.records import InvalidInput, Record
@@ -15,7 +16,7 @@ from schema.ingestion import IngestLimits, IngestOptions, InputFile, RowProblem
 FORMATS = ("jsonl",)
 
 
-@dataclass(frozen=True)
+@dataclass
 class OpenedInput:
     """The files of an ingestion, recognized as one format."""
 
@@ -23,12 +24,18 @@ class OpenedInput:
     files: Sequence[InputFile]
     limits: IngestLimits
     columns: tuple[str, ...] = ()  # of a table; empty where each record has its own
+    unit: Literal["line", "row"] = "line"
+    bytes_read: int = 0  # of the files as they are, by the iteration that goes on
 
     def iter_records(self) -> Iterator[Record | RowProblem]:
         """All records, from the first; each call begins again."""
+        earlier_bytes = 0
         for file in self.files:
             with Path(file.path).open("rb") as stream:
-                yield from read_jsonl(stream, self.limits)
+                for record in read_jsonl(stream, self.limits):
+                    self.bytes_read = earlier_bytes + stream.tell()
+                    yield record
+                earlier_bytes += stream.tell()
 
     @property
     def total_bytes(self) -> int:
