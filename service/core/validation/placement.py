@@ -16,9 +16,7 @@ from service.core.problems import Problems
 SUPPORT_CHECKS = {"llm": "service.core.validation.llm_support:check_support"}
 
 
-def place(
-    config: JobConfig, hardware: str | list[str] | None, launchers: LauncherPool, *, is_new: bool = False
-) -> tuple[Placement, ...]:
+def place(config: JobConfig, hardware: str | list[str] | None, launchers: LauncherPool, *, is_new: bool = False) -> tuple[Placement, ...]:
     """The placements that a job may use, in the order of the request. Every one of them must be able to run it.
 
     Of a new job, some of them must have its trackers; a job that exists goes on without a tracker that is missing.
