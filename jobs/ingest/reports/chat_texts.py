@@ -7,7 +7,6 @@ the tokens that the tokenizer has; the forms of the frequent ones are described 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -196,7 +195,7 @@ class AnswerFinder:
         except TemplateProblem:  # a template that requires a system message, for example
             return
         if answered.startswith(asked):
-            self._opening = asked[len(commonprefix([asked, plain])) :] or answered.partition(QUESTION)[2].partition(ANSWER)[0] or None
+            self._opening = asked[_count_shared_start(asked, plain) :] or answered.partition(QUESTION)[2].partition(ANSWER)[0] or None
             lead, _, ending = answered[len(asked) :].partition(ANSWER)
             self._lead, self.ending = lead, ending.rstrip()
 
@@ -276,6 +275,11 @@ def _read_content(message: Message) -> str:
     if any(part.get("type") != "text" for part in content):
         raise TemplateProblem("it has no images")
     return "".join(part["text"] for part in content)
+
+
+def _count_shared_start(one: str, other: str) -> int:
+    """How many characters two texts have in common at their start."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _has_contents(conversation: Conversation, text: str) -> bool:
