@@ -24,51 +24,91 @@ ColumnOrTemplate = Annotated[str, StringConstraints(min_length=1, max_length=10_
 IntegerPair = Annotated[tuple[int, int], WithJsonSchema({"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2})]
 RoleName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
-# The fields of a mapping that each type of dataset has, of which the first ones are required.
-MAPPED_FIELDS: dict[TextDatasetType, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ("system", "tools")),
-    "prompt_completion": (("prompt", "completion"), ("system", "tools")),
-    "text": (("text",), ()),
-    "preference": (("chosen", "rejected"), ("prompt", "system", "tools")),
-    "unpaired_preference": (("prompt", "completion", "label"), ("system", "tools")),
-    "prompt": (("prompt",), ("system", "tools", "keep")),
-}
+# The forms of a mapping: the type of dataset that each makes, its required fields and the others that it may have.
+MAPPED_FIELDS: tuple[tuple[TextDatasetType, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("messages", ("messages",), ("system", "tools")),
+    ("prompt_completion", ("prompt", "completion"), ("system", "tools", "history")),
+    ("text", ("text",), ()),
+    ("preference", ("chosen", "rejected"), ("prompt", "system", "tools", "history", "preferred")),
+    ("preference", ("messages", "chosen", "rejected"), ("system", "tools", "preferred")),  # the prompt is a list of messages
+    ("preference", ("messages", "rejected"), ("system", "tools")),  # the last message is the chosen answer
+    ("unpaired_preference", ("prompt", "completion", "label"), ("system", "tools", "history")),
+    ("unpaired_preference", ("messages", "label"), ("system", "tools")),  # the last message is the completion
+    ("prompt", ("prompt",), ("system", "tools", "history", "keep")),
+)
+MAPPED_FIELD_NAMES = frozenset(name for _, required, optional in MAPPED_FIELDS for name in (*required, *optional))
 
 
 class RowMapping(Strict):
-    """How the columns of a file become rows. Each of the first fields is the name of a column, or a template such as
-    `"{instruction}\\n\\n{input}"`; which of them are given decides the type of the dataset."""
+    """How the columns of a file become rows. `prompt`, `completion`, `text`, `chosen`, `rejected` and `system` are names of columns,
+    or templates such as `"{instruction}\\n\\n{input}"`: `{{` and `}}` are braces, null is empty text, and a column that stands alone on
+    its lines leaves no blank lines when it is empty. Which fields are given decides the type of the dataset."""
 
     prompt: ColumnOrTemplate | None = None
     completion: ColumnOrTemplate | None = None
     text: ColumnOrTemplate | None = None
-    chosen: ColumnOrTemplate | None = None
+    chosen: ColumnOrTemplate | None = Field(
+        default=None, description="The better answer. If `rejected` is the same column, it has lists of two answers, the better one first."
+    )
     rejected: ColumnOrTemplate | None = None
-    label: ColumnName | None = Field(None, description="A column of true and false, 1 and 0, or yes and no.")
-    messages: ColumnName | None = Field(None, description="A column with lists of messages, or with JSON text of such lists.")
-    system: ColumnOrTemplate | None = Field(None, description="Becomes a system message; prompt and answer then are messages too.")
-    tools: ColumnName | None = None
-    keep: tuple[ColumnName, ...] = Field((), max_length=32, description="More columns of a dataset of prompts, for graders.", strict=False)
-    role_key: ColumnName | None = Field(None, description="Of a message, the key of its role, such as `from`. Default: `role`.")
-    content_key: ColumnName | None = Field(None, description="Of a message, the key of its content, such as `value`. Default: `content`.")
-    roles: dict[RoleName, RoleName] = Field({}, max_length=32, description='Roles by the name that the file has: `{"gpt": "assistant"}`.')
+    preferred: ColumnName | None = Field(
+        default=None,
+        description="A column that says which of the two answers is the better one, by the name of its column or by the end of that "
+        "name: with `response_0` and `response_1`, 0 or 1. Without it, `chosen` is.",
+    )
+    label: ColumnName | None = Field(
+        default=None, description="A column of true and false, 1 and 0, yes and no, good and bad, or thumbs_up and thumbs_down."
+    )
+    messages: ColumnName | None = Field(
+        default=None,
+        description="A column with lists of messages, or with JSON text of such lists. With `chosen` and `rejected` it is the prompt; with "
+        "`rejected` alone, or with `label`, its last message is the answer.",
+    )
+    system: ColumnOrTemplate | None = Field(
+        default=None,
+        description="Becomes a system message; prompt and answer then are messages too. Text of several words is the same in each row.",
+    )
+    history: ColumnName | None = Field(
+        default=None, description="Earlier turns, as lists of pairs of a prompt and an answer; prompt and answer then are messages too."
+    )
+    tools: ColumnName | None = Field(default=None, description="A column with lists of functions, or with JSON text of such lists.")
+    keep: tuple[ColumnName, ...] = Field(
+        default=(), max_length=32, description="More columns of a dataset of prompts, for graders.", strict=False
+    )
+    role_key: ColumnName | None = Field(
+        default=None,
+        description="Of a message, the key of its role, such as `from`. Default: `role`. If it is given, prompts and answers are messages, "
+        "and JSON text of messages is read as such.",
+    )
+    content_key: ColumnName | None = Field(
+        default=None, description="Of a message, the key of its content, such as `value`. Default: `content`."
+    )
+    roles: dict[RoleName, RoleName] = Field(
+        default={},
+        max_length=32,
+        description='Roles by the name that the file has: `{"gpt": "assistant"}`. The role `tool_calls` is of an assistant whose '
+        "content is JSON text of calls, each with `name` and `arguments`.",
+    )
 
     @model_validator(mode="after")
     def _check_fields(self) -> "RowMapping":
         if self.dataset_type is None:
-            forms = "; ".join(f"{name}: {', '.join(required)}" for name, (required, _) in MAPPED_FIELDS.items())
-            raise field_error("mapping", f"these fields make no row; what makes one: {forms}")
+            forms = "; ".join(f"{name}: {', '.join(required)}" for name, required, _ in MAPPED_FIELDS)
+            given = ", ".join(sorted(self._given)) or "no field"
+            raise field_error("mapping", f"{given} makes no row; what makes one: {forms}")
         return self
 
     @property
     def dataset_type(self) -> TextDatasetType | None:
         """The type of dataset that the given fields make; None if they make none."""
-        given = {name for name in ("prompt", "completion", "text", "chosen", "rejected", "label", "messages") if getattr(self, name)}
-        given |= {name for name in ("system", "tools", "keep") if getattr(self, name)}
-        for dataset_type, (required, optional) in MAPPED_FIELDS.items():
-            if set(required) <= given <= {*required, *optional}:
+        for dataset_type, required, optional in MAPPED_FIELDS:
+            if set(required) <= self._given <= {*required, *optional}:
                 return dataset_type
         return None
+
+    @property
+    def _given(self) -> set[str]:
+        return {name for name in MAPPED_FIELD_NAMES if getattr(self, name)}
 
 
 class IngestOptions(Strict):

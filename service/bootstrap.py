@@ -33,6 +33,7 @@ from service.core.datasets.assembly import DatasetServices, build_dataset_servic
 from service.core.jobs.assembly import JobServices, build_job_services
 from service.core.jobs.credentials import DeploymentCredentials
 from service.core.jobs.reconciler import Reconciler
+from service.core.jobs.source_rights import SourceRules
 from service.core.jobs.upkeep import Upkeep
 from service.core.launchers import LauncherPool
 from service.core.models.registry import ModelRegistry
@@ -129,6 +130,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         checkpoint_retention=_find_checkpoint_retention(settings),
         quotas=quotas,
         egress=EgressCheck(egress_policy(settings), SystemResolver()),
+        source_rules=SourceRules(owner_is_local=settings.identity is None, prefixes=settings.dataset_sources),
     )
     datasets = build_dataset_services(
         store=store,
@@ -138,6 +140,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
             max_image_row_bytes=settings.max_image_row_bytes,
             max_rows=settings.max_dataset_rows,
             max_pixels=settings.max_dataset_pixels,
+            max_source_bytes=settings.max_source_bytes,
             max_memory_bytes=settings.ingest_memory_bytes,
         ),
         ingester=ProcessIngester(python=settings.ingest_python, variables=inherited_variables(settings)),

@@ -242,12 +242,17 @@ def _shorten(row: Row) -> dict[str, object]:
 def _describe(opened: OpenedInput, mapper: RowMapper, sample: Sequence[JsonObject]) -> Detected:
     return Detected(
         format=opened.format,
+        container=opened.container,
+        encoding=opened.encoding,
+        delimiter=opened.delimiter,
+        sheet=opened.sheet,
+        parts=len(opened.parts),
         shape=mapper.shape,
         dataset_type=mapper.dataset_type,
         mapping=mapper.mapping,
         columns=opened.columns or tuple(islice(_iter_names(sample), MAX_SHOWN_COLUMNS)),
         unused_columns=mapper.unused_columns,
-        reason=mapper.reason,
+        reason="; ".join(filter(None, (mapper.reason, opened.note))),
     )
 
 

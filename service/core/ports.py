@@ -1,6 +1,6 @@
 """The ports: what the core needs from databases, compute, secret stores and the Hub. Each port has one contract suite."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -177,6 +177,7 @@ class Profile:
     compute_capability: float | None = None  # CUDA's: 8.9 for an L4
     cpus: int | None = None
     memory_bytes: int | None = None
+    has_bf16: bool | None = None  # whether a processor computes it in hardware; GPUs do
     time_limit_s: int | None = None  # of an attempt; the next attempt continues. None: no limit
 
 
@@ -249,6 +250,20 @@ class Launcher(Protocol):
 
     def close(self) -> None:
         """Called when the service stops: end whatever nothing else would end."""
+        ...
+
+
+@runtime_checkable
+class SlotReserver(Protocol):
+    """A launcher that keeps slots for the attempts of some environments, so that they need not wait behind all others."""
+
+    @property
+    def reserved_environments(self) -> Collection[str]:
+        """The environments with slots of their own. `count_free_slots` counts neither these slots nor their attempts."""
+        ...
+
+    def count_free_reserved_slots(self, environment: str) -> int:
+        """How many attempts of that environment may be launched now."""
         ...
 
 
