@@ -41,6 +41,11 @@ class IncomingSource:
 
     key: str
 
+    @property
+    def kind(self) -> str:
+        """Which reader takes it."""
+        return "incoming"
+
 
 @dataclass(frozen=True)
 class BucketSource:
@@ -49,6 +54,11 @@ class BucketSource:
     scheme: Literal["gs", "s3"]
     bucket: str
     pattern: str  # a key, a folder that ends in "/", or a key with wildcards
+
+    @property
+    def kind(self) -> str:
+        """Which reader takes it."""
+        return self.scheme
 
     @property
     def is_single(self) -> bool:
@@ -81,12 +91,22 @@ class HubSource:
     split: str | None = None
     revision: str | None = None
 
+    @property
+    def kind(self) -> str:
+        """Which reader takes it."""
+        return "hf"
+
 
 @dataclass(frozen=True)
 class WebSource:
     """A file of the web."""
 
     url: str
+
+    @property
+    def kind(self) -> str:
+        """Which reader takes it."""
+        return "https"
 
     @property
     def without_query(self) -> str:

@@ -34,7 +34,7 @@ VERBS = dict(iter_verbs())
 def test_there_are_verbs_of_every_service() -> None:
     assert {name.partition(".")[0] for name in VERBS} == {
         *("Submission", "JobControl", "Exports", "JobQueries", "JobMetrics", "Deletion", "Attempts", "Reconciliation", "Datasets"),
-        *("CheckpointRetention", "StorageQueries", "ModelRegistry"),
+        *("CheckpointRetention", "StorageQueries", "ModelRegistry", "Ingestions"),
     }
     assert set(VERBS) > INTERNAL
 

@@ -23,7 +23,7 @@ from schema.training import IngestConfig
 from service.core.errors import InvalidRequest, TunesmithError, Unavailable
 from service.core.jobs.budget import Budget
 from service.core.jobs.repository import JobRepository, compute_digest
-from service.core.jobs.source_rights import OPTIONS, SourceRules, choose_rights, kind_of
+from service.core.jobs.source_rights import OPTIONS, SourceRules, choose_rights
 from service.core.launchers import LauncherPool, Offer
 from service.core.ports import Wake
 from service.core.principals import Principal, Scope
@@ -138,7 +138,7 @@ class Ingestions:
         rights, placements = "anonymous", ()
         with problems.collect():
             rights = choose_rights(source, credentials, principal.tenant_id, self._rules)
-        settings = {name: credentials.pop(name) for name in OPTIONS.get(kind_of(source), ()) if name in credentials}
+        settings = {name: credentials.pop(name) for name in OPTIONS.get(source.kind, ()) if name in credentials}
         with problems.collect():
             self._check_urls(source, settings.get("endpoint_url"))
         config = IngestConfig(
@@ -227,7 +227,8 @@ def complete_dataset(dataset: Dataset, attempt: int, ingested: Ingested) -> Data
 
 
 def _make_split(prefix: str, written: WrittenSplit) -> Split:
-    return Split(rows=written.rows, size_bytes=written.size_bytes, sha256=written.sha256, key=prefix + written.file)
+    index_key = None if written.index_file is None else prefix + written.index_file
+    return Split(rows=written.rows, size_bytes=written.size_bytes, sha256=written.sha256, key=prefix + written.file, index_key=index_key)
 
 
 def _find_damage(job: Job, attempt: int, ingested: Ingested, datasets: ObjectStore) -> str | None:
