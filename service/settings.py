@@ -125,6 +125,12 @@ class Settings(BaseSettings):
         ge=1,
         description="Datasets that are checked at the same time. Four times as many wait; more are answered with 503 and Retry-After.",
     )
+    ingest_wait_s: float = Field(
+        60.0, gt=0, le=3600, description="Seconds that an upload waits for its dataset; what takes longer is left to a job."
+    )
+    ingest_request_bytes: int = Field(
+        64 << 20, ge=0, description="Largest file below `incoming/` that is read inside a request, in bytes; a job reads larger ones."
+    )
     otlp_endpoint: str | None = Field(
         None,
         pattern=r"^https?://[^\s@]+$",

@@ -1,41 +1,46 @@
 """From files to a dataset: open, recognize, check every row, drop exact duplicates, split, write, report.
 
 A file may have gigabytes: memory holds one row at a time, plus about 150 bytes for each earlier row. Nothing is dropped silently: a
-column that no trainer would use is refused, and what is dropped is counted.
+column that no trainer would use is refused, and what is dropped is counted. A check does the same, and leaves no file.
 """
 
+import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
-
-import orjson
+from typing import BinaryIO, Literal
 
 from jobs.ingest.formats import OpenedInput, open_input
 from jobs.ingest.mapping import SAMPLE_RECORDS, RowMapper, choose_mapper
-from jobs.ingest.records import InvalidInput, Record
+from jobs.ingest.reading import PlacedRow, RowReader, parse_record, read_rows, read_rows_concurrently
+from jobs.ingest.records import InvalidInput
 from jobs.ingest.rows.consistency import ConsistencyChecker
-from jobs.ingest.rows.forms import EXPECTED_ROW, ValidatedRow, check_row
-from jobs.ingest.rows.row import Row, make_row
-from jobs.ingest.rows.size import check_text_size
-from jobs.ingest.rows.values import InvalidValue, JsonObject, parse
+from jobs.ingest.rows.row import Row
+from jobs.ingest.rows.values import InvalidValue, JsonObject, is_json_safe, preview
 from jobs.ingest.splitting import Splitter, SplitWriter
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.ingestion import (
+    MAX_FOUND_PROBLEMS,
     MAX_REPORTED_PROBLEMS,
     DatasetReport,
     Detected,
     IngestedRows,
-    IngestLimits,
     IngestOutcome,
     IngestProgress,
     IngestTask,
     RowProblem,
 )
+from schema.row_preview import shorten_images
 
+MIN_WORKER_BYTES = 32 << 20  # of a file; smaller ones are read before workers would pay
 PROGRESS_ROWS = 20_000  # between two reports
 SHOWN_ROWS = 3
+SAMPLED_BYTES = 8 << 20  # of the first records; in memory, a list of short values takes twenty times its bytes
+MAX_SAMPLED_PROBLEMS = 1000  # lines that are not records, after which the sample ends
+MAX_SHOWN_COLUMNS = 1000
+MAX_SHOWN_NAME_CHARS = 200
 SCRATCH = "rows.jsonl"
 
 OnProgress = Callable[[IngestProgress], None]
@@ -47,6 +52,10 @@ def ingest(task: IngestTask, on_progress: OnProgress = lambda _: None) -> Ingest
         return _Ingestion(task, on_progress).run()
     except InvalidInput as error:
         return IngestOutcome(refused=error.problem)
+    except MemoryError:
+        limit = f"{task.limits.max_memory_bytes >> 20:,} MiB"
+        error = InvalidInput(f"reading it takes more than the {limit} of memory that one file may use", "split it into several files")
+        return IngestOutcome(refused=error.problem)
 
 
 class ProblemLog:
@@ -55,40 +64,14 @@ class ProblemLog:
     def __init__(self) -> None:
         self.first: list[RowProblem] = []
         self.counts = Counter[str]()
+        self.total = 0
 
     def add(self, problem: RowProblem) -> None:
-        if len(self.first) < MAX_REPORTED_PROBLEMS:
+        """Add the problem of one row."""
+        if self.total < MAX_REPORTED_PROBLEMS:
             self.first.append(problem)
         self.counts[problem.code] += 1
-
-    @property
-    def total(self) -> int:
-        """How many rows have a problem."""
-        return self.counts.total()
-
-
-class RowReader:
-    """Turns records into checked rows."""
-
-    def __init__(self, mapper: RowMapper, limits: IngestLimits) -> None:
-        self.consistency = ConsistencyChecker()
-        self._mapper = mapper
-        self._limits = limits
-        self._pixels = 0
-
-    def read(self, record: Record) -> tuple[Row, ValidatedRow]:
-        """The row of a record. Raises InvalidValue."""
-        content = check_row(self._mapper.convert(parse_record(record)))
-        row = make_row(content)
-        if isinstance(record.content, dict) or len(record.content) > self._limits.max_row_bytes:
-            check_text_size(row, content, self._limits)
-        pixels = self._pixels + content.images.pixels
-        if pixels > self._limits.max_pixels:
-            reason = f"more than {self._limits.max_pixels:,} pixels in the images so far; scale them down, or split the file"
-            raise InvalidValue("", reason, "too_many")
-        self.consistency.add(record.line, content)
-        self._pixels = pixels
-        return row, content
+        self.total += 1
 
 
 class _Ingestion:
@@ -100,79 +83,121 @@ class _Ingestion:
         self._folder = Path(task.output)
         self._problems = ProblemLog()
         self._splitter = Splitter(task.options.eval_fraction, task.seed)
+        self._opened = open_input(task.files, task.options, task.limits)
+        self._sample = _read_sample(self._opened)
+        self._mapper = choose_mapper(self._sample, task.options, self._opened.columns)
+        self._reader = RowReader(self._mapper, task.limits, self._opened.unit)
+        self._consistency = ConsistencyChecker(task.limits.max_pixels, self._opened.unit)
         self._rows_read = 0
         self._images = 0
+        self._has_tools = False
+        self._has_weights = False
         self._samples: list[dict[str, object]] = []
 
     def run(self) -> IngestOutcome:
-        task = self._task
-        opened = open_input(task.files, task.options, task.limits)
-        sample = list(islice(_iter_parsed(opened.iter_records()), SAMPLE_RECORDS))
-        mapper = choose_mapper(sample, task.options, opened.columns)
-        reader = RowReader(mapper, task.limits)
-        row, flags = None, {"has_tools": False, "has_weights": False}
-        with (self._folder / SCRATCH).open("w+b") as scratch:
-            for row in self._read_rows(opened, reader):
-                flags = {name: flag or getattr(row, name) for name, flag in flags.items()}
-                if self._splitter.add(row):
-                    self._images += row.images
-                    scratch.write(row.canonical + b"\n")
-                    if len(self._samples) < SHOWN_ROWS:
-                        self._samples.append(orjson.loads(row.canonical))
-            is_refused = self._problems.total > 0 and task.options.on_invalid == "refuse"
-            if not self._problems.total or (not is_refused and row):
-                reader.consistency.check_labels()
-            detected = _describe(opened, mapper, sample)
-            rows = None if is_refused or row is None or task.check_only else self._write_rows(row, scratch, flags)
-        (self._folder / SCRATCH).unlink()
+        """Read everything; then split and report, if the rows are valid, or those that are not are to be dropped."""
+        task, opened = self._task, self._opened
+        refused, rows, report = None, None, None
+        try:
+            with (self._folder / SCRATCH).open("w+b", buffering=1 << 20) as scratch:
+                row = self._read_rows(scratch)
+                if not self._is_refused and (row or not self._problems.total):
+                    self._consistency.check_labels()
+                    if row:
+                        rows = self._write_rows(row, scratch)
+                        report = self._report(rows)
+        except InvalidInput as error:
+            refused = error.problem
+        finally:
+            self._remove_files(keep_splits=rows is not None and not task.check_only)
         return IngestOutcome(
-            detected=detected,
+            refused=refused,
+            detected=_describe(opened, self._mapper, self._sample),  # last: a mapper knows in the end which columns it did not use
             rows_read=self._rows_read,
             problems=tuple(self._problems.first),
             problem_count=self._problems.total,
             problem_counts=dict(self._problems.counts),
+            stopped_early=self._has_too_many_problems,
             samples=tuple(self._samples),
             rows=rows,
-            report=None if rows is None else self._report(rows),
+            report=report,
         )
 
-    def _read_rows(self, opened: OpenedInput, reader: RowReader) -> Iterator[Row]:
-        """The valid rows; the problems of the others are logged."""
-        bytes_read, total_bytes = 0, opened.total_bytes
-        for record in opened.iter_records():
-            self._rows_read += 1
-            if self._rows_read > self._task.limits.max_rows:
-                raise InvalidInput(f"more than {self._task.limits.max_rows:,} rows", "split the file into several datasets")
-            if self._rows_read % PROGRESS_ROWS == 0:
-                self._on_progress(IngestProgress(rows=self._rows_read, bytes_read=bytes_read, total_bytes=total_bytes))
-            if isinstance(record, RowProblem):
-                self._problems.add(record)
-                continue
-            bytes_read += len(record.content) if isinstance(record.content, bytes) else 0
-            try:
-                yield reader.read(record)[0]
-            except InvalidValue as error:
-                self._problems.add(RowProblem(part=record.part, line=record.line, field=error.field, reason=error.reason, code=error.code))
+    @property
+    def _is_refused(self) -> bool:
+        """Whether the rows so far are not kept because some are not valid. A check shows what the others would become."""
+        return self._problems.total > 0 and self._task.options.on_invalid == "refuse" and not self._task.check_only
 
-    def _write_rows(self, row: Row, scratch: BinaryIO, flags: dict[str, bool]) -> IngestedRows:
+    @property
+    def _has_too_many_problems(self) -> bool:
+        return self._problems.total >= MAX_FOUND_PROBLEMS and self._task.options.on_invalid == "refuse"
+
+    def _read_rows(self, scratch: BinaryIO) -> Row | None:
+        """Write all distinct valid rows to one file, log the problems of the others; returns a valid row, if there is one."""
+        last_row, max_rows = None, self._task.limits.max_rows
+        for result in self._iter_results():
+            self._rows_read += 1
+            if self._rows_read > max_rows:
+                raise InvalidInput(f"more than {max_rows:,} rows", "split the file into several datasets")
+            if self._rows_read % PROGRESS_ROWS == 0:
+                self._report_progress("reading")
+            if isinstance(result, PlacedRow):
+                try:
+                    self._add_row(result, scratch)
+                    last_row = result.row
+                    continue
+                except InvalidValue as error:
+                    result = self._reader.describe_problem(error, result.line, result.part)
+            self._problems.add(result)
+            if self._has_too_many_problems:
+                break
+        return last_row
+
+    def _iter_results(self) -> Iterator[PlacedRow | RowProblem]:
+        """All rows and problems. Workers take the lines of large files that are rows as they are; a mapping remembers what it saw."""
+        opened = self._opened
+        is_large = opened.format == "jsonl" and self._mapper.mapping is None and opened.total_bytes >= MIN_WORKER_BYTES
+        if is_large and threading.active_count() == 1:  # with more, a fork could keep a lock for ever
+            return read_rows_concurrently(opened.iter_records(), self._reader)
+        return read_rows(opened.iter_records(), self._reader)
+
+    def _add_row(self, placed: PlacedRow, scratch: BinaryIO) -> None:
+        """Write a row, unless it is a duplicate. Raises InvalidValue when it does not fit to those before it."""
+        row = placed.row
+        self._consistency.add(row, placed.line, placed.part)
+        if (self._problems.total and self._is_refused) or not self._splitter.add(row):
+            return
+        scratch.write(row.canonical + b"\n")
+        self._images += row.images
+        if row.has_tools:
+            self._has_tools = True
+        if row.has_weights:
+            self._has_weights = True
+        if len(self._samples) < SHOWN_ROWS:
+            self._samples.append(_shorten(row))
+
+    def _write_rows(self, row: Row, scratch: BinaryIO) -> IngestedRows:
         """Write both splits, each in the order of the files."""
+        self._report_progress("splitting")
         scratch.seek(0)
-        names = {TRAIN_SPLIT: f"{TRAIN_SPLIT}.jsonl", EVAL_SPLIT: f"{EVAL_SPLIT}.jsonl"}
-        with (self._folder / names[TRAIN_SPLIT]).open("wb") as train, (self._folder / names[EVAL_SPLIT]).open("wb") as held_out:
-            writers = {TRAIN_SPLIT: SplitWriter(train), EVAL_SPLIT: SplitWriter(held_out)}
-            for split, line in zip(self._splitter.assign_splits(), scratch, strict=True):
-                writers[split].write(line)
+        train, held_out = (SplitWriter(self._folder, name) for name in (TRAIN_SPLIT, EVAL_SPLIT))
+        for is_held_out, line in zip(self._splitter.choose_held_out(), scratch, strict=True):
+            (held_out if is_held_out else train).write(line)
+        train.close()
+        held_out.close()
         return IngestedRows(
             dataset_type=row.dataset_type,
-            splits={name: writer.describe(names[name]) for name, writer in writers.items() if writer.rows},
+            splits={name: writer.describe() for name, writer in ((TRAIN_SPLIT, train), (EVAL_SPLIT, held_out)) if writer.rows},
             duplicates_dropped=self._splitter.duplicates_dropped,
             images=self._images,
             columns=row.columns,
             prompt_form=row.prompt_form,
-            **flags,
+            has_tools=self._has_tools,
+            has_weights=self._has_weights,
         )
 
     def _report(self, rows: IngestedRows) -> DatasetReport:
+        self._report_progress("reporting")
         dropped = {**self._problems.counts, "duplicate": self._splitter.duplicates_dropped}
         return DatasetReport(
             rows_read=self._rows_read,
@@ -181,28 +206,57 @@ class _Ingestion:
             problems=tuple(self._problems.first),
         )
 
+    def _report_progress(self, phase: Literal["reading", "splitting", "reporting"]) -> None:
+        opened = self._opened
+        progress = IngestProgress(rows=self._rows_read, bytes_read=opened.bytes_read, total_bytes=opened.total_bytes, phase=phase)
+        self._on_progress(progress)
 
-def parse_record(record: Record) -> JsonObject:
-    """The columns of a record. Raises InvalidValue."""
-    return record.content if isinstance(record.content, dict) else parse(record.content, EXPECTED_ROW)
+    def _remove_files(self, *, keep_splits: bool) -> None:
+        names = () if keep_splits else (f"{split}.{suffix}" for split in (TRAIN_SPLIT, EVAL_SPLIT) for suffix in ("jsonl", "index"))
+        for name in (SCRATCH, *names):
+            (self._folder / name).unlink(missing_ok=True)
 
 
-def _iter_parsed(records: Iterator[Record | RowProblem]) -> Iterator[JsonObject]:
-    for record in records:
-        if isinstance(record, Record):
-            try:
-                yield parse_record(record)
-            except InvalidValue:
-                continue
+def _read_sample(opened: OpenedInput) -> list[JsonObject]:
+    """The first records, by which their form is recognized. Raises InvalidInput."""
+    sample: list[JsonObject] = []
+    size_bytes = 0
+    for record in islice(opened.iter_records(), SAMPLE_RECORDS + MAX_SAMPLED_PROBLEMS):
+        if isinstance(record, RowProblem):
+            continue
+        try:
+            sample.append(parse_record(record))
+        except InvalidValue:
+            continue
+        size_bytes += len(record.content) if isinstance(record.content, bytes) else 0
+        if len(sample) == SAMPLE_RECORDS or size_bytes > SAMPLED_BYTES:
+            break
+    return sample
+
+
+def _shorten(row: Row) -> dict[str, object]:
+    columns: JsonObject = json.loads(row.canonical)
+    return {name: shorten_images(value) for name, value in columns.items()}
 
 
 def _describe(opened: OpenedInput, mapper: RowMapper, sample: Sequence[JsonObject]) -> Detected:
     return Detected(
         format=opened.format,
+        container=opened.container,
+        encoding=opened.encoding,
+        delimiter=opened.delimiter,
+        sheet=opened.sheet,
+        parts=len(opened.parts),
         shape=mapper.shape,
         dataset_type=mapper.dataset_type,
         mapping=mapper.mapping,
-        columns=opened.columns or tuple(dict.fromkeys(name for record in sample for name in record)),
+        columns=opened.columns or tuple(islice(_iter_names(sample), MAX_SHOWN_COLUMNS)),
         unused_columns=mapper.unused_columns,
-        reason=mapper.reason,
+        reason="; ".join(filter(None, (mapper.reason, opened.note))),
     )
+
+
+def _iter_names(sample: Sequence[JsonObject]) -> Iterator[str]:
+    """The names of columns, once each, as they can be shown."""
+    names = dict.fromkeys(name for record in sample for name in record)
+    return (name if len(name) <= MAX_SHOWN_NAME_CHARS and is_json_safe(name) else preview(name) for name in names)

@@ -5,16 +5,17 @@ text). So a row is never in both splits, nor are two answers to one prompt, and 
 """
 
 import hashlib
+import sys
 from array import array
 from collections.abc import Iterator
 from itertools import groupby
-from typing import BinaryIO, Literal
+from pathlib import Path
 
 from jobs.ingest.rows.row import Row
-from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
-from schema.ingestion import WrittenSplit
+from schema.ingestion import INDEX_INTERVAL_ROWS, WrittenSplit
 
 MAX_EVAL_FRACTION = 0.5
+BLOCK_BYTES = 1 << 20  # of rows that are written and hashed together
 
 
 class Splitter:
@@ -44,10 +45,10 @@ class Splitter:
         self._keys.append(int.from_bytes(hashlib.blake2b(self._seed + row.prompt_digest, digest_size=8).digest()))
         return True
 
-    def assign_splits(self) -> Iterator[Literal["train", "eval"]]:
-        """The split of each kept row, in the order in which they were added."""
+    def choose_held_out(self) -> Iterator[bool]:
+        """Whether each kept row is held out for evaluation, in the order in which they were added."""
         held_out = _choose_held_out(self._keys, self._eval_fraction)
-        return (EVAL_SPLIT if key in held_out else TRAIN_SPLIT for key in self._keys)
+        return (key in held_out for key in self._keys)
 
 
 def _choose_held_out(keys: "array[int]", eval_fraction: float) -> set[int]:
@@ -72,20 +73,51 @@ def _count_rows_per_prompt(ordered: list[int]) -> Iterator[tuple[int, int]]:
 
 
 class SplitWriter:
-    """Writes the lines of one split and counts them."""
+    """Writes the lines of one split, a block at a time, and an index of their positions."""
 
-    def __init__(self, out: BinaryIO) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path = folder / f"{name}.jsonl"
+        self.index_path = folder / f"{name}.index"
         self.rows = 0
-        self._out = out
         self._size_bytes = 0
         self._sha256 = hashlib.sha256()
+        self._positions = array("Q")
+        self._block: list[bytes] = []
+        self._block_bytes = 0
+        self._out = self.path.open("wb")
 
     def write(self, line: bytes) -> None:
-        self._out.write(line)
-        self._sha256.update(line)
-        self._size_bytes += len(line)
+        """Write the next row, with its line feed. Raises OSError."""
+        if self.rows % INDEX_INTERVAL_ROWS == 0:
+            self._positions.append(self._size_bytes)
         self.rows += 1
+        self._size_bytes += len(line)
+        self._block.append(line)
+        self._block_bytes += len(line)
+        if self._block_bytes >= BLOCK_BYTES:
+            self._write_block()
 
-    def describe(self, file: str) -> WrittenSplit:
-        """What was written to the file of that name."""
-        return WrittenSplit(file=file, rows=self.rows, size_bytes=self._size_bytes, sha256=self._sha256.hexdigest())
+    def close(self) -> None:
+        """Write what remains and the index; of a split without rows nothing is left. Raises OSError."""
+        self._write_block()
+        self._out.close()
+        if not self.rows:
+            self.path.unlink()
+            return
+        if sys.byteorder == "big":
+            self._positions.byteswap()
+        self.index_path.write_bytes(self._positions.tobytes())
+
+    def describe(self) -> WrittenSplit:
+        """What was written."""
+        digest = self._sha256.hexdigest()
+        return WrittenSplit(
+            file=self.path.name, rows=self.rows, size_bytes=self._size_bytes, sha256=digest, index_file=self.index_path.name
+        )
+
+    def _write_block(self) -> None:
+        block = b"".join(self._block)
+        self._sha256.update(block)
+        self._out.write(block)
+        self._block.clear()
+        self._block_bytes = 0

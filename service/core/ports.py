@@ -7,7 +7,7 @@ from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 from schema.capabilities import EnvironmentManifest
 from schema.dataset import Dataset
 from schema.events import Event
-from schema.ingestion import IngestOutcome, IngestTask
+from schema.ingestion import IngestOutcome, IngestTask, TokenLengthsOutcome, TokenLengthsTask
 from schema.job import Failure, Job, Status
 from service.core.event_store import EventStore
 from service.core.job_lists import JobEntry, JobQuery, ListedJob
@@ -151,6 +151,10 @@ class Ingester(Protocol):
         Raises IngestTimeout when it is not done in time, InvalidRequest for files that take more memory than is allowed, and Unavailable
         when it cannot be run here.
         """
+        ...
+
+    def count_tokens(self, task: TokenLengthsTask, *, timeout_s: float | None = None) -> TokenLengthsOutcome:
+        """Count the tokens of a dataset's rows. Raises what `ingest` raises."""
         ...
 
 
@@ -361,11 +365,23 @@ class SecretStore(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SignedUpload:
+    """Where one object is sent with PUT, and the headers that the request must have."""
+
+    url: str
+    headers: Mapping[str, str]
+
+
 class UrlSigner(Protocol):
-    """Makes links to objects of the model bucket that need no other credential and expire."""
+    """Makes links to objects of one bucket that need no other credential and expire."""
 
     def sign_url(self, key: str, filename: str, expires_s: int) -> str:
         """An absolute URL, or a path that starts with `/` when this service itself serves it. Raises InvalidRequest, Unavailable."""
+        ...
+
+    def sign_upload(self, key: str, size_bytes: int, expires_s: int) -> SignedUpload:
+        """A link that takes an object of at most that size, and no other. Its URL is as that of `sign_url`, which says what is raised."""
         ...
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from jobs.ingest.formats.jsonl import read_jsonl
 from jobs.ingest.mapping import RowMapper
-from jobs.ingest.pipeline import RowReader, ingest
-from jobs.ingest.records import Record
+from jobs.ingest.pipeline import ingest
+from jobs.ingest.reading import PlacedRow, RowReader
 from jobs.ingest.rows.row import Row
 from schema.ingestion import IngestedRows, IngestLimits, IngestOptions, IngestOutcome, IngestTask, InputFile
 
@@ -99,7 +99,8 @@ def parse_rows(content: bytes, limits: IngestLimits | None = None) -> list[Row]:
     ingest_bytes(content, limits=limits)
     limits = limits or IngestLimits()
     reader = RowReader(RowMapper("native", "text"), limits)
-    return [reader.read(record)[0] for record in read_jsonl(io.BytesIO(content), limits) if isinstance(record, Record)]
+    results = [reader.read(record) for record in read_jsonl(io.BytesIO(content), limits)]
+    return [result.row for result in results if isinstance(result, PlacedRow)]
 
 
 def read_bytes(content: bytes, limits: IngestLimits | None = None) -> list[bytes]:

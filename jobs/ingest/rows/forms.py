@@ -12,7 +12,15 @@ from functools import lru_cache
 from typing import Literal, NamedTuple, cast
 
 from jobs.ingest.rows.images import MAX_ROW_PIXELS, check_image
-from jobs.ingest.rows.messages import LastRole, Message, iter_calls, iter_image_parts, parse_conversation, parse_messages
+from jobs.ingest.rows.messages import (
+    LastRole,
+    Message,
+    is_plain_conversation,
+    iter_calls,
+    iter_image_parts,
+    parse_conversation,
+    parse_messages,
+)
 from jobs.ingest.rows.tools import get_tool_names, parse_tools
 from jobs.ingest.rows.values import (
     InvalidValue,
@@ -80,6 +88,8 @@ class ValidatedRow(NamedTuple):
 
 def check_row(columns: JsonObject) -> ValidatedRow:
     """Check a row, whose columns are as `values.parse` makes them. Raises InvalidValue."""
+    if len(columns) == 1 and is_plain_conversation(messages := columns.get("messages")):
+        return ValidatedRow("messages", "messages", columns, cast(list[Message], messages)[:-1])
     columns = dict(columns)
     row_format = detect_form(columns)
     tools = parse_tools(columns.pop(TOOLS_COLUMN, None), TOOLS_COLUMN)

@@ -5,7 +5,7 @@ parts if one is an image. A message of role `developer` is stored as one of `sys
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NotRequired, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from jobs.ingest.rows.images import is_image_part, normalize_image_part
 from jobs.ingest.rows.tools import ToolCall, parse_call_id, parse_function_name, parse_tool_calls
@@ -17,6 +17,7 @@ from jobs.ingest.rows.values import (
     check_keys,
     check_text,
     describe_type,
+    is_json_safe,
     join_names,
     json_safe,
     preview,
@@ -91,6 +92,26 @@ def parse_conversation(value: object, field: str, *, last_role: LastRole, has_we
             expected = "assistant"
     _check_last_message(messages, field, last_role, calls)
     return messages
+
+
+def is_plain_conversation(value: Any) -> bool:  # noqa: ANN401  # whatever JSON has
+    """Whether a value surely is what `parse_conversation` returns for it, with the last role `assistant`: nearly every conversation."""
+    if type(value) is not list or not 1 <= len(value) <= MAX_MESSAGES:
+        return False
+    expected = ""
+    for message in value:
+        if type(message) is not dict or tuple(message) != PLAIN_KEYS:
+            return False
+        role, content = message.values()
+        if type(content) is not str or not content or content.isspace() or not is_json_safe(content):
+            return False
+        if role == (expected or "user"):
+            expected = "assistant" if role == "user" else "user"
+        elif not expected and role == "system":
+            expected = "user"
+        else:
+            return False
+    return expected == "user" and value[-1]["role"] == "assistant"
 
 
 def parse_messages(value: object, field: str, *, has_weights: bool = False) -> list[Message]:

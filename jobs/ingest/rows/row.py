@@ -18,12 +18,15 @@ class Row(NamedTuple):
     """One valid row."""
 
     dataset_type: TextDatasetType
+    shape: str  # equal for rows that may be in one dataset
     canonical: bytes  # one line of JSON without its line feed: keys in a fixed order, no space between tokens, content unchanged
     digest: bytes  # equal for equal rows
     prompt_digest: bytes  # equal for rows that must stay on the same side of the split
     images: int = 0
+    pixels: int = 0  # of all images
     columns: tuple[str, ...] = ()  # beside a prompt, sorted
     prompt_form: PromptForm = "strings"
+    label: bool | None = None
     has_tools: bool = False
     has_weights: bool = False
 
@@ -32,15 +35,17 @@ def make_row(content: ValidatedRow) -> Row:
     """The row as it is stored."""
     canonical = _serialize(content.columns)
     digest = _digest(canonical)
-    prompt_digest = digest if content.prompt is None else _digest(_serialize(content.prompt))
     return Row(
         content.dataset_type,
+        content.shape,
         canonical,
         digest,
-        prompt_digest,
+        digest if content.prompt is None else _digest(_serialize(content.prompt)),
         len(content.images.uris),
+        content.images.pixels,
         content.extra_columns,
         content.prompt_form,
+        content.label,
         content.has_tools,
         content.has_weights,
     )

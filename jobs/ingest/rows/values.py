@@ -35,7 +35,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 import orjson
 
@@ -107,41 +107,34 @@ def parse(line: bytes, expected: str) -> JsonObject:
 def parse_plain(line: bytes) -> JsonObject | None:
     """What `parse_strictly` makes of a line without numbers and with a usual form, several times as fast; None for any other line.
 
-    orjson is as strict, but for names that occur twice, of which it keeps the last. Every name and every other string has two quotation
-    marks in the line: if the strings that were parsed account for all of them, no name was lost.
+    orjson is as strict, but for names that occur twice, of which it keeps the last. Every string has two quotation marks in the line, and
+    one more for each escaped one: if the strings that were parsed account for all of them, no name was lost.
     """
     try:
-        row: object = orjson.loads(line)
+        row: Any = orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
     if type(row) is not dict:
         return None
-    columns = cast(JsonObject, row)
-    strings = len(columns)
-    for value in columns.values():
+    strings, escaped = len(row), 0
+    for value in row.values():
         if type(value) is str:
             strings += 1
+            escaped += value.count('"')
         elif type(value) is list:
-            for message in cast(list[object], value):
+            for message in value:
                 if type(message) is not dict:
                     return None
-                message = cast(JsonObject, message)
                 strings += 2 * len(message)
                 for content in message.values():
                     if type(content) is not str:
                         return None
+                    escaped += content.count('"')
         elif type(value) is not bool and value is not None:
             return None
-    return columns if 2 * strings == _count_quotation_marks(line) else None
-
-
-def _count_quotation_marks(line: bytes) -> int:
-    """Those of valid JSON that are not escaped."""
-    if b"\\" not in line:
-        return line.count(b'"')
-    if b"\\\\" in line:
-        line = line.replace(b"\\\\", b"")  # what is left of a backslash escapes what follows it
-    return line.count(b'"') - line.count(b'\\"')
+    if line.count(b'"') != 2 * strings + escaped or (escaped and b"\\u0022" in line):  # a quotation mark without one in the line
+        return None
+    return row
 
 
 def parse_strictly(line: bytes, expected: str) -> JsonObject:
@@ -218,19 +211,29 @@ def check_text(value: object, field: str) -> str:
     return json_safe(value, field)
 
 
-def json_safe(value: str, field: str) -> str:
-    """The string, if every reader of a stored row can decode it. Raises InvalidValue."""
+def is_json_safe(value: str) -> bool:
+    """Whether every reader of a stored row can decode a string."""
     if "\0" in value:
-        raise InvalidValue(field, f"has a NUL character at position {value.index(chr(0)) + 1}; remove it", "invalid_text")
+        return False
     if value.isascii():
-        return value
+        return True
     try:
         value.encode()
-    except UnicodeEncodeError as error:
-        surrogate = f"\\u{ord(value[error.start]):04x}"
-        reason = f"has an unpaired surrogate, {surrogate}, at position {error.start + 1}; write both halves of the pair"
-        raise InvalidValue(field, reason, "invalid_text") from error
-    return value
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def json_safe(value: str, field: str) -> str:
+    """The string, if every reader of a stored row can decode it. Raises InvalidValue."""
+    if is_json_safe(value):
+        return value
+    if "\0" in value:
+        raise InvalidValue(field, f"has a NUL character at position {value.index(chr(0)) + 1}; remove it", "invalid_text")
+    position = next(index for index, character in enumerate(value) if "\ud800" <= character <= "\udfff")
+    surrogate = f"\\u{ord(value[position]):04x}"
+    reason = f"has an unpaired surrogate, {surrogate}, at position {position + 1}; write both halves of the pair"
+    raise InvalidValue(field, reason, "invalid_text")
 
 
 def check_finite(value: Number, field: str) -> Number:

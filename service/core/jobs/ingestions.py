@@ -5,7 +5,6 @@ reports what it found. The service then writes the record of the ready dataset, 
 in between leaves a job that is not complete, so the result is applied again.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -20,6 +19,7 @@ from schema.result import Ingested, Result
 from schema.sources import INCOMING_PREFIX, InvalidSource, Source, WebSource, parse_source
 from schema.spec import ingestion_prefix
 from schema.training import IngestConfig
+from service.core.datasets.ingestion import complete_dataset
 from service.core.errors import InvalidRequest, TunesmithError, Unavailable
 from service.core.jobs.budget import Budget
 from service.core.jobs.repository import JobRepository, compute_digest
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 CREDENTIALS_SECRET = "source_credentials"  # a JSON object of secrets and options
 URL_SECRET = "source_url"  # an https URL with its query
 NO_SECRETS: Mapping[str, str] = {}
-MAX_KEPT_PROBLEMS = 100  # of rows that were dropped, in a dataset's record
 UPLOADED = re.compile(rf"{INCOMING_PREFIX}([^/]+/)?uploads/.+")  # for one dataset alone; other files stay with whoever put them there
 
 
@@ -184,7 +183,12 @@ def publish_dataset(repository: JobRepository, job: Job, result: Result, dataset
     problem = _find_damage(job, result.attempt, ingested, datasets)
     if problem is not None:
         return result.model_copy(update={"outcome": "failed", "failure": Failure(code="internal", message=problem)})
-    repository.store.replace_dataset(complete_dataset(dataset, result.attempt, ingested))
+    rows = ingested.outcome.rows
+    assert rows is not None
+    prefix = ingestion_prefix(dataset.processed_dataset_id, result.attempt)
+    splits = {name: _make_split(prefix, written) for name, written in rows.splits.items()}
+    ready = complete_dataset(dataset, ingested.outcome, rows, splits)
+    repository.store.replace_dataset(ready.model_copy(update={"source": ingested.source}))
     return result
 
 
@@ -197,33 +201,6 @@ def delete_used_upload(job: Job, datasets: ObjectStore) -> None:
         datasets.delete(config.source)
     except StorageError as error:
         log.warning("an uploaded file could not be deleted", extra={"job_id": job.job_id, "error": str(error)})
-
-
-def complete_dataset(dataset: Dataset, attempt: int, ingested: Ingested) -> Dataset:
-    """The record of the dataset with what the attempt found. Its files lie where that attempt may write."""
-    outcome, rows = ingested.outcome, ingested.outcome.rows
-    assert rows is not None
-    prefix = ingestion_prefix(dataset.processed_dataset_id, attempt)
-    splits = {name: _make_split(prefix, written) for name, written in rows.splits.items()}
-    lines = "\n".join(f"{name} {split.sha256}" for name, split in sorted(splits.items()))
-    report = outcome.report and outcome.report.model_copy(update={"problems": outcome.report.problems[:MAX_KEPT_PROBLEMS]})
-    facts: dict[str, object] = {
-        "dataset_type": rows.dataset_type,
-        "splits": splits,
-        "digest": f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}",
-        "rows_uploaded": outcome.rows_read,
-        "duplicates_dropped": rows.duplicates_dropped,
-        "images": rows.images,
-        "columns": rows.columns,
-        "prompt_form": rows.prompt_form,
-        "has_tools": rows.has_tools,
-        "has_weights": rows.has_weights,
-        "status": "ready",
-        "source": ingested.source,
-        "detected": outcome.detected,
-        "report": report,
-    }
-    return dataset.model_copy(update=facts)
 
 
 def _make_split(prefix: str, written: WrittenSplit) -> Split:
