@@ -142,7 +142,7 @@ def _parse_bucket(scheme: Literal["gs", "s3"], rest: str) -> BucketSource:
     parts = pattern.removesuffix("/").split("/")
     if not pattern or len(pattern.encode()) > 900 or any(part in ("", ".", "..") for part in parts):
         hint = f"name a file, files such as {scheme}://{bucket}/folder/*.jsonl, or a folder, which ends in /"
-        raise InvalidSource(f"{_shorten(pattern) if pattern else 'nothing'} names no objects of {scheme}://{bucket}", hint)
+        raise InvalidSource(f"{_shorten(pattern)} is no path in {scheme}://{bucket}", hint)
     return BucketSource(scheme, bucket, pattern)
 
 

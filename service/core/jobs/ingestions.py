@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import cast
 
 from schema.dataset import Dataset, Split
-from schema.ingestion import IngestLimits, IngestOptions, WrittenSplit
+from schema.ingestion import MAX_REPORTED_PROBLEMS, IngestLimits, IngestOptions, IngestOutcome, RowProblem, WrittenSplit
 from schema.job import Failure, Job, Status
 from schema.placement import Hardware, Placement
 from schema.result import Ingested, Result
 from schema.sources import INCOMING_PREFIX, InvalidSource, Source, WebSource, parse_source
-from schema.spec import ingestion_prefix
+from schema.spec import ingestion_prefix, problems_key
 from schema.training import IngestConfig
 from service.core.datasets.ingestion import complete_dataset
 from service.core.errors import InvalidRequest, TunesmithError, Unavailable
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 CREDENTIALS_SECRET = "source_credentials"  # a JSON object of secrets and options
 URL_SECRET = "source_url"  # an https URL with its query
 NO_SECRETS: Mapping[str, str] = {}
+MAX_PROBLEMS_BYTES = 4 << 20
 UPLOADED = re.compile(rf"{INCOMING_PREFIX}([^/]+/)?uploads/.+")  # for one dataset alone; other files stay with whoever put them there
 
 
@@ -102,9 +103,10 @@ class Ingestions:
             updated_at=now,
             status_changed_at=now,
         )
-        stored = self._create(
-            dataset.model_copy(update={"status": "processing", "job_id": job.job_id}), job, secrets, idempotency_key, digest
-        )
+        # The query of a URL may be a signature, which no record shows.
+        shown = config.source if URL_SECRET in secrets else dataset.source
+        facts: dict[str, object] = {"status": "processing", "job_id": job.job_id, "source": shown}
+        stored = self._create(dataset.model_copy(update=facts), job, secrets, idempotency_key, digest)
         self._wake(stored.job_id)
         return stored
 
@@ -176,7 +178,8 @@ def publish_dataset(repository: JobRepository, job: Job, result: Result, dataset
 
     `result` has been checked: it is of the current attempt. Raises Unavailable, StorageError.
     """
-    ingested = result.ingested
+    ingested, job_config = result.ingested, job.training_config
+    assert isinstance(job_config, IngestConfig)
     if result.outcome != "completed" or ingested is None:
         return result
     dataset = repository.find_dataset(job.processed_dataset_id, job.tenant_id)
@@ -188,8 +191,25 @@ def publish_dataset(repository: JobRepository, job: Job, result: Result, dataset
     prefix = ingestion_prefix(dataset.processed_dataset_id, result.attempt)
     splits = {name: _make_split(prefix, written) for name, written in rows.splits.items()}
     ready = complete_dataset(dataset, ingested.outcome, rows, splits)
-    repository.store.replace_dataset(ready.model_copy(update={"source": ingested.source}))
+    # An upload keeps the name that its caller gave the file.
+    source = dataset.source if dataset.source and job_config.source.startswith(INCOMING_PREFIX) else ingested.source
+    repository.store.replace_dataset(ready.model_copy(update={"source": source}))
     return result
+
+
+def read_problems(job: Job, datasets: ObjectStore) -> tuple[RowProblem, ...]:
+    """The rows for which a job has refused its source; none of a job that did not. Raises StorageError."""
+    if job.failure is None or job.failure.code != "invalid_data" or not isinstance(job.training_config, IngestConfig):
+        return ()
+    key = problems_key(job.processed_dataset_id, job.failure.attempt or len(job.attempts))
+    stored = datasets.stat(key)
+    if stored is None or stored.size_bytes > MAX_PROBLEMS_BYTES:
+        return ()
+    try:
+        return IngestOutcome.load(datasets.read(key)).problems[:MAX_REPORTED_PROBLEMS]
+    except ValueError as error:
+        log.warning("problems are not readable", extra={"job_id": job.job_id, "error": str(error).partition("\n")[0]})
+        return ()
 
 
 def delete_used_upload(job: Job, datasets: ObjectStore) -> None:
