@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 MAX_REDIRECTS = 5
 TIMEOUT_S = 60.0  # without receiving a byte
-CHUNK_BYTES = 1 << 20
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 HTML_SUFFIXES = (".html", ".htm", ".txt", ".md")
 
@@ -108,7 +107,7 @@ class _Transfer:
             self._validator = _find_validator(response)
         length = response.headers.get("content-length", "")
         check_size(self._request, [source], self._received + (int(length) if length.isdecimal() else 0))
-        for chunk in response.iter_bytes(CHUNK_BYTES):
+        for chunk in response.iter_raw():
             self._request.check_stop()
             self._received += len(chunk)
             if self._received > config.limits.max_source_bytes:
