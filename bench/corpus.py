@@ -91,7 +91,8 @@ HEADER = """# A corpus of broken and unusual files
 `tests/data/corpus` has {files} files as people send them, and `tests/data/make_corpus.py` makes {generated} more that are too large or too
 hostile to be kept. `tests/data/corpus.json` says what Tunesmith must report about each, and `tests/ingest/test_corpus.py` checks it, byte
 for byte where rows are listed. Below is what it reports, and what `datasets` {version} (`load_dataset` on the file as it is) and
-LLaMA-Factory 0.9.5 (its loader and converter, with a `dataset_info.json` that names the columns as a person who knows the file would) make of it.
+LLaMA-Factory 0.9.5 (its loader and converter, with a `dataset_info.json` that names the columns as a person who knows the file
+would) make of it.
 
 | | Tunesmith | `datasets` | LLaMA-Factory |
 |---|---|---|---|
@@ -99,8 +100,8 @@ LLaMA-Factory 0.9.5 (its loader and converter, with a `dataset_info.json` that n
 
 FOOTER = """
 "Not noticed" means that the loader returns the rows, faulty ones among them, and says nothing. Neither `datasets` nor LLaMA-Factory
-promises to find such faults: `datasets` reads files and knows no conversations, and LLaMA-Factory drops a conversation that it cannot use with
-a line in the log. What is not noticed here is found later, when a GPU is rented, or never.
+promises to find such faults: `datasets` reads files and knows no conversations, and LLaMA-Factory drops a conversation that it cannot use
+with a line in the log. What is not noticed here is found later, when a GPU is rented, or never.
 
 LLaMA-Factory runs here with the newest `datasets` that it accepts (4.0.0) and, because this project has no older one, with transformers
 5.23: its check of versions is off, and its import of torchaudio, which it uses for sound only, gets an empty module. Its loader and
