@@ -6,7 +6,7 @@ instead. Lines and rows count from 1. In a table the header is row 1, as a sprea
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, WithJsonSchema, model_validator
 
 from schema.base import ForwardCompatible, Strict, field_error
 from schema.types import BaseModelId, PromptForm, TextDatasetType
@@ -20,53 +20,95 @@ FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")
 ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 # The name of a column, or a template with columns in braces; "{{" is a brace.
 ColumnOrTemplate = Annotated[str, StringConstraints(min_length=1, max_length=10_000)]
+# Without a schema of its own, OpenAPI would describe each of the two apart, which many clients cannot read.
+IntegerPair = Annotated[tuple[int, int], WithJsonSchema({"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2})]
 RoleName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
-# The fields of a mapping that each type of dataset has, of which the first ones are required.
-MAPPED_FIELDS: dict[TextDatasetType, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ("system", "tools")),
-    "prompt_completion": (("prompt", "completion"), ("system", "tools")),
-    "text": (("text",), ()),
-    "preference": (("chosen", "rejected"), ("prompt", "system", "tools")),
-    "unpaired_preference": (("prompt", "completion", "label"), ("system", "tools")),
-    "prompt": (("prompt",), ("system", "tools", "keep")),
-}
+# The forms of a mapping: the type of dataset that each makes, its required fields and the others that it may have.
+MAPPED_FIELDS: tuple[tuple[TextDatasetType, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("messages", ("messages",), ("system", "tools")),
+    ("prompt_completion", ("prompt", "completion"), ("system", "tools", "history")),
+    ("text", ("text",), ()),
+    ("preference", ("chosen", "rejected"), ("prompt", "system", "tools", "history", "preferred")),
+    ("preference", ("messages", "chosen", "rejected"), ("system", "tools", "preferred")),  # the prompt is a list of messages
+    ("preference", ("messages", "rejected"), ("system", "tools")),  # the last message is the chosen answer
+    ("unpaired_preference", ("prompt", "completion", "label"), ("system", "tools", "history")),
+    ("unpaired_preference", ("messages", "label"), ("system", "tools")),  # the last message is the completion
+    ("prompt", ("prompt",), ("system", "tools", "history", "keep")),
+)
+MAPPED_FIELD_NAMES = frozenset(name for _, required, optional in MAPPED_FIELDS for name in (*required, *optional))
 
 
 class RowMapping(Strict):
-    """How the columns of a file become rows. Each of the first fields is the name of a column, or a template such as
-    `"{instruction}\\n\\n{input}"`; which of them are given decides the type of the dataset."""
+    """How the columns of a file become rows. `prompt`, `completion`, `text`, `chosen`, `rejected` and `system` are names of columns,
+    or templates such as `"{instruction}\\n\\n{input}"`: `{{` and `}}` are braces, null is empty text, and a column that stands alone on
+    its lines leaves no blank lines when it is empty. Which fields are given decides the type of the dataset."""
 
     prompt: ColumnOrTemplate | None = None
     completion: ColumnOrTemplate | None = None
     text: ColumnOrTemplate | None = None
-    chosen: ColumnOrTemplate | None = None
+    chosen: ColumnOrTemplate | None = Field(
+        default=None, description="The better answer. If `rejected` is the same column, it has lists of two answers, the better one first."
+    )
     rejected: ColumnOrTemplate | None = None
-    label: ColumnName | None = Field(None, description="A column of true and false, 1 and 0, or yes and no.")
-    messages: ColumnName | None = Field(None, description="A column with lists of messages, or with JSON text of such lists.")
-    system: ColumnOrTemplate | None = Field(None, description="Becomes a system message; prompt and answer then are messages too.")
-    tools: ColumnName | None = None
-    keep: tuple[ColumnName, ...] = Field((), max_length=32, description="More columns of a dataset of prompts, for graders.", strict=False)
-    role_key: ColumnName | None = Field(None, description="Of a message, the key of its role, such as `from`. Default: `role`.")
-    content_key: ColumnName | None = Field(None, description="Of a message, the key of its content, such as `value`. Default: `content`.")
-    roles: dict[RoleName, RoleName] = Field({}, max_length=32, description='Roles by the name that the file has: `{"gpt": "assistant"}`.')
+    preferred: ColumnName | None = Field(
+        default=None,
+        description="A column that says which of the two answers is the better one, by the name of its column or by the end of that "
+        "name: with `response_0` and `response_1`, 0 or 1. Without it, `chosen` is.",
+    )
+    label: ColumnName | None = Field(
+        default=None, description="A column of true and false, 1 and 0, yes and no, good and bad, or thumbs_up and thumbs_down."
+    )
+    messages: ColumnName | None = Field(
+        default=None,
+        description="A column with lists of messages, or with JSON text of such lists. With `chosen` and `rejected` it is the prompt; with "
+        "`rejected` alone, or with `label`, its last message is the answer.",
+    )
+    system: ColumnOrTemplate | None = Field(
+        default=None,
+        description="Becomes a system message; prompt and answer then are messages too. Text of several words is the same in each row.",
+    )
+    history: ColumnName | None = Field(
+        default=None, description="Earlier turns, as lists of pairs of a prompt and an answer; prompt and answer then are messages too."
+    )
+    tools: ColumnName | None = Field(default=None, description="A column with lists of functions, or with JSON text of such lists.")
+    keep: tuple[ColumnName, ...] = Field(
+        default=(), max_length=32, description="More columns of a dataset of prompts, for graders.", strict=False
+    )
+    role_key: ColumnName | None = Field(
+        default=None,
+        description="Of a message, the key of its role, such as `from`. Default: `role`. If it is given, prompts and answers are messages, "
+        "and JSON text of messages is read as such.",
+    )
+    content_key: ColumnName | None = Field(
+        default=None, description="Of a message, the key of its content, such as `value`. Default: `content`."
+    )
+    roles: dict[RoleName, RoleName] = Field(
+        default={},
+        max_length=32,
+        description='Roles by the name that the file has: `{"gpt": "assistant"}`. The role `tool_calls` is of an assistant whose '
+        "content is JSON text of calls, each with `name` and `arguments`.",
+    )
 
     @model_validator(mode="after")
     def _check_fields(self) -> "RowMapping":
         if self.dataset_type is None:
-            forms = "; ".join(f"{name}: {', '.join(required)}" for name, (required, _) in MAPPED_FIELDS.items())
-            raise field_error("mapping", f"these fields make no row; what makes one: {forms}")
+            forms = "; ".join(f"{name}: {', '.join(required)}" for name, required, _ in MAPPED_FIELDS)
+            given = ", ".join(sorted(self._given)) or "no field"
+            raise field_error("mapping", f"{given} makes no row; what makes one: {forms}")
         return self
 
     @property
     def dataset_type(self) -> TextDatasetType | None:
         """The type of dataset that the given fields make; None if they make none."""
-        given = {name for name in ("prompt", "completion", "text", "chosen", "rejected", "label", "messages") if getattr(self, name)}
-        given |= {name for name in ("system", "tools", "keep") if getattr(self, name)}
-        for dataset_type, (required, optional) in MAPPED_FIELDS.items():
-            if set(required) <= given <= {*required, *optional}:
+        for dataset_type, required, optional in MAPPED_FIELDS:
+            if set(required) <= self._given <= {*required, *optional}:
                 return dataset_type
         return None
+
+    @property
+    def _given(self) -> set[str]:
+        return {name for name in MAPPED_FIELD_NAMES if getattr(self, name)}
 
 
 class IngestOptions(Strict):
@@ -193,25 +235,48 @@ class TokenLengths(ForwardCompatible):
 
     base_model_id: str
     tokenizer_digest: str  # of the tokenizer's files
+    tokenizer_version: str = ""  # of their objects in the model store; empty: not known
     exact: bool  # rendered with the chat template; otherwise the contents were counted, and what a template adds was estimated
+    note: str = ""  # why they are not exact
     rows: int
     total_tokens: int
     mean: float
     percentiles: dict[str, int]  # "50", "90", "95", "99", "100"
-    histogram: tuple[
-        tuple[int, int], ...
-    ]  # (largest length of the bucket, rows), ascending; the lengths are powers of 2 and halves between
+    histogram: tuple[IntegerPair, ...]  # (largest length of the bucket, rows), ascending; the lengths are powers of 2 and halves between
     longest: tuple[int, ...] = ()  # of the longest rows, descending
     max_seq_length: int | None = None
     truncated_rows: int | None = None  # longer than max_seq_length
+    split_tokens: dict[str, int] = Field(default={})  # of all rows of each split
+    # Of the training split, by the length at which every row is cut: "256", "512", … "131072".
+    clipped_tokens: dict[str, int] = Field(default={})
+    learned_tokens: int | None = None  # of the training split, without cutting: the answers with their ends; of a pair those of both
+
+
+class TokenLengthsTask(ForwardCompatible):
+    """What `jobs.ingest.token_lengths` must do: count the tokens of a stored dataset."""
+
+    splits: dict[str, str]  # by name, the path of each split's file
+    base_model_id: str
+    tokenizer_folder: str  # with the tokenizer's files of the base model
+    max_seq_length: int | None = None
+    limits: IngestLimits = IngestLimits()
+    output: str  # a folder, for token_lengths.json
+
+
+class TokenLengthsOutcome(ForwardCompatible):
+    """The lengths, or why they cannot be counted."""
+
+    refused: InputProblem | None = None
+    lengths: TokenLengths | None = None
 
 
 class NearDuplicates(ForwardCompatible):
     """Rows that nearly say the same, in different splits: an evaluation on them is too good."""
 
-    compared_rows: int
+    compared_rows: int  # held-out rows
+    compared_training_rows: int = 0
     held_out_rows_with_a_near_duplicate: int
-    examples: tuple[tuple[int, int], ...] = ()  # the held-out row and the training row, by their numbers in the splits
+    examples: tuple[IntegerPair, ...] = ()  # the held-out row and the training row, by their numbers in the splits
 
 
 class Finding(ForwardCompatible):
@@ -220,6 +285,7 @@ class Finding(ForwardCompatible):
     kind: str  # "email", "phone", "credit_card", "private_key", "aws_access_key", …
     rows: int
     first_rows: tuple[int, ...] = ()  # numbers of rows in the training split
+    first_held_out_rows: tuple[int, ...] = ()  # numbers of rows in the evaluation split
 
 
 class DatasetReport(ForwardCompatible):

@@ -65,15 +65,17 @@ class LauncherPool:
         return tuple(offers)
 
     def list_offers(self, environment: str) -> list[Offer]:
-        """Every profile of the launchers that have the environment, and can tell now what they offer."""
-        offers: list[Offer] = []
+        """Every placement with that environment. Raises Unsupported when there is none, and Unavailable when no launcher can tell."""
+        offers, unavailable = list[Offer](), list[Unavailable]()
         for launcher in self:
             try:
                 if environment in launcher.list_environments():
-                    offers += [_offer(launcher, name, environment) for name in launcher.profiles]
-            except Unavailable:
-                continue
-        return offers
+                    offers += [_offer(launcher, profile, environment) for profile in launcher.profiles]
+            except Unavailable as error:
+                unavailable.append(error)
+        if not offers and unavailable:
+            raise unavailable[0]
+        return offers or [_offer(next(iter(self)), "", environment)]
 
     def describe_missing(self, job: Job) -> str | None:
         """Why a queued job waits for no launcher of this deployment; None when one of them can take it."""

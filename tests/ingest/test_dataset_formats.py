@@ -19,6 +19,7 @@ from tests.ingest.dataset_harness import (
     InvalidRow,
     get_bytes_error,
     get_row_error,
+    ingest_bytes,
     make_data_uri,
     make_image_bytes,
     make_image_part,
@@ -61,7 +62,7 @@ def test_preference_conversations_are_split_into_shared_prompt() -> None:
         ({"chosen": "So.", "rejected": "Dunno."}, "prompt", "send chosen and rejected as whole conversations"),
         ({"prompt": "Why?", "chosen": "So."}, "rejected", "a preference row has the columns prompt, chosen and rejected"),
         ({"prompt": "Why?", "rejected": "So."}, "chosen", "is missing"),
-        ({**PREFERENCE, "score_chosen": 7.5}, "'score_chosen'", "would not be used: a preference row has only"),
+        ({**PREFERENCE, "completion": [7]}, "'completion'", "would not be used: a preference row has only"),
         ({**PREFERENCE, "rejected": "So."}, "rejected", "the same as chosen"),
         ({**PREFERENCE, "chosen": 4}, "chosen", "is a number; it must be a string or a list of messages"),
         (
@@ -113,7 +114,7 @@ def test_labeled_rows_are_stored_unchanged(rows: list[object]) -> None:
     assert (ingested.dataset_type, train) == ("unpaired_preference", rows)
 
 
-@pytest.mark.parametrize(("label", "kind"), [(1, "a number"), (0, "a number"), ("true", "a string"), (None, "null")])
+@pytest.mark.parametrize(("label", "kind"), [(2, "a number"), ("often", "a string"), ([True], "a list"), (None, "null")])
 def test_label_must_be_boolean(label: object, kind: str) -> None:
     error = get_row_error({**LABELED_ROWS[0], "label": label})
     assert (error.field, error.reason) == ("label", f"is {kind}; write true for a good completion, false for a bad one")
@@ -308,7 +309,7 @@ JSON = st.recursive(
 def test_any_upload_is_accepted_or_rejected_cleanly(rows: list[object], position: int, noise: bytes) -> None:
     content = to_jsonl(rows)
     try:
-        read_bytes(content[:position] + noise + content[position:], IngestLimits(max_row_bytes=300, max_image_row_bytes=600))
+        ingest_bytes(content[:position] + noise + content[position:], limits=IngestLimits(max_row_bytes=300, max_image_row_bytes=600))
     except InvalidRow as error:
         assert error.line >= 1
         assert str(error).isprintable()

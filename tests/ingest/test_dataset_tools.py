@@ -278,8 +278,7 @@ def test_invalid_call_or_weight_is_rejected_with_its_place(messages: object, fie
 @pytest.mark.parametrize(
     ("tools", "field", "reason"),
     [
-        ("[]", "tools", "is a string; it must be a list of tools"),
-        (json.dumps([TOOL]), "tools", "write the list itself, not its JSON as a string"),
+        ("a hammer", "tools", "it must be JSON text of a list of tools"),
         ({"type": "function"}, "tools", "is an object; it must be a list of tools"),
         ([TOOL, TOOL], "tools[1].function.name", "is 'get_weather', which an earlier tool has"),
         ([TOOL] * 129, "tools", "has 129 tools; at most 128"),

@@ -166,10 +166,11 @@ def test_time_limit_makes_slices(tmp_path: Path) -> None:
 
 def test_counted_lengths_are_exact_and_cut_rows_are_counted(client: TestClient, dataset_id: str) -> None:
     services = get_services(client)
-    rows = {name: split.rows for name, split in services.store.find_dataset(dataset_id).splits.items()}  # type: ignore[union-attr]
-    write_lengths(
-        client, dataset_id, [40] * (rows[TRAIN_SPLIT] + rows[EVAL_SPLIT]), split_tokens={name: 40 * n for name, n in rows.items()}
-    )
+    dataset = services.store.find_dataset(dataset_id)
+    assert dataset is not None
+    rows = {name: split.rows for name, split in dataset.splits.items()}
+    split_tokens = {name: 40 * count for name, count in rows.items()}
+    write_lengths(client, dataset_id, [40] * dataset.rows, split_tokens=split_tokens)
     plan = dry_run(client, make_request_body_with_config(dataset_id, "hyperparameters", epochs=3, batch_size=1))
     assert plan["tokens"] | {"note": ""} == {
         "per_epoch": 40 * rows[TRAIN_SPLIT],

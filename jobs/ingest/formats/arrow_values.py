@@ -158,7 +158,7 @@ def _convert_float(text: str | None) -> object:
     if text is None or text in ("nan", "-nan"):
         return None
     if text in ("inf", "-inf"):
-        return InvalidValue("", "is infinite, which no JSON number is; write it as a string, or drop the row", "not_finite")
+        return InvalidValue("", "is infinite, which no JSON number is; write it as a string, or drop the row", "invalid_number")
     return Number(text)
 
 
@@ -201,7 +201,7 @@ def _convert_image(value: dict[str, Any] | None) -> object:
     content = value["bytes"]
     if content is None:
         return InvalidValue(
-            "", f"is only the path of an image, {preview(str(value['path']))}; save the dataset with its images in it", "no_image"
+            "", f"is only the path of an image, {preview(str(value['path']))}; save the dataset with its images in it", "invalid_image"
         )
     media_type = next((name for magic, name in IMAGE_MAGIC if content.startswith(magic)), None)
     if media_type is None:
