@@ -184,7 +184,7 @@ def _format_timestamp(value: int, units: int, zone: "ZoneInfo | timedelta | None
         elif zone is not None:
             moment = (moment + zone).replace(tzinfo=timezone(zone))
     except OverflowError:
-        return InvalidValue("", f"is a time out of range, {value} units after 1970; write it as a string", "invalid")
+        return InvalidValue("", f"is a time out of range, {value} units after 1970; write it as a string", "wrong_value")
     text = moment.isoformat()
     digits = f"{fraction:0{len(str(units)) - 1}d}".rstrip("0") if fraction else ""
     return f"{text[:19]}.{digits}{text[19:]}" if digits else text
