@@ -32,6 +32,7 @@ from infra.loopback.secret_manager import SecretManager
 
 SOURCE = Path(__file__).resolve().parent.parent
 TRAINER_PYTHON = SOURCE / ".venvs/llm/bin/python"
+DATA_PYTHON = SOURCE / ".venvs/data/bin/python"
 PROJECT, REGION, PROFILE = "tunesmith-local", "loopback", "cpu"
 BUCKETS = {name: f"{PROJECT}-{name}" for name in ("configs", "datasets", "models")}
 USER = "somebody@example.com"
@@ -102,12 +103,14 @@ def run_cloud_local(
         cloud_run = stack.enter_context(
             CloudRun(
                 folder / "executions",
-                {"llm": [str(trainer_python), "-m", "jobs.run"]},
+                {"llm": [str(trainer_python), "-m", "jobs.run"], "data": [str(DATA_PYTHON), "-m", "jobs.run"]},
                 environment={**inherited, **google, "PYTHONPATH": str(SOURCE), "PYTHONUNBUFFERED": "1", "JOB_REPORT_INTERVAL_S": "1"},
                 cwd=SOURCE,
             )
         )
-        cloud_run.create_job(f"projects/{PROJECT}/locations/{REGION}/jobs/tunesmith-{PROFILE}", "llm")
+        jobs = f"projects/{PROJECT}/locations/{REGION}/jobs"
+        cloud_run.create_job(f"{jobs}/tunesmith-{PROFILE}", "llm")
+        cloud_run.create_job(f"{jobs}/tunesmith-data-{PROFILE}", "data")
         port = port or find_free_port()
         url = f"http://127.0.0.1:{port}"
         settings = inherited | google | service_settings(url, folder, firestore_host, cloud_run.host, secret_manager.host)

@@ -6,7 +6,7 @@ instead. Lines and rows count from 1. In a table the header is row 1, as a sprea
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, WithJsonSchema, model_validator
 
 from schema.base import ForwardCompatible, Strict, field_error
 from schema.types import BaseModelId, PromptForm, TextDatasetType
@@ -20,6 +20,8 @@ FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")
 ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 # The name of a column, or a template with columns in braces; "{{" is a brace.
 ColumnOrTemplate = Annotated[str, StringConstraints(min_length=1, max_length=10_000)]
+# Without a schema of its own, OpenAPI would describe each of the two apart, which many clients cannot read.
+IntegerPair = Annotated[tuple[int, int], WithJsonSchema({"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2})]
 RoleName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
 # The forms of a mapping: the type of dataset that each makes, its required fields and the others that it may have.
@@ -233,25 +235,48 @@ class TokenLengths(ForwardCompatible):
 
     base_model_id: str
     tokenizer_digest: str  # of the tokenizer's files
+    tokenizer_version: str = ""  # of their objects in the model store; empty: not known
     exact: bool  # rendered with the chat template; otherwise the contents were counted, and what a template adds was estimated
+    note: str = ""  # why they are not exact
     rows: int
     total_tokens: int
     mean: float
     percentiles: dict[str, int]  # "50", "90", "95", "99", "100"
-    histogram: tuple[
-        tuple[int, int], ...
-    ]  # (largest length of the bucket, rows), ascending; the lengths are powers of 2 and halves between
+    histogram: tuple[IntegerPair, ...]  # (largest length of the bucket, rows), ascending; the lengths are powers of 2 and halves between
     longest: tuple[int, ...] = ()  # of the longest rows, descending
     max_seq_length: int | None = None
     truncated_rows: int | None = None  # longer than max_seq_length
+    split_tokens: dict[str, int] = Field(default={})  # of all rows of each split
+    # Of the training split, by the length at which every row is cut: "256", "512", … "131072".
+    clipped_tokens: dict[str, int] = Field(default={})
+    learned_tokens: int | None = None  # of the training split, without cutting: the answers with their ends; of a pair those of both
+
+
+class TokenLengthsTask(ForwardCompatible):
+    """What `jobs.ingest.token_lengths` must do: count the tokens of a stored dataset."""
+
+    splits: dict[str, str]  # by name, the path of each split's file
+    base_model_id: str
+    tokenizer_folder: str  # with the tokenizer's files of the base model
+    max_seq_length: int | None = None
+    limits: IngestLimits = IngestLimits()
+    output: str  # a folder, for token_lengths.json
+
+
+class TokenLengthsOutcome(ForwardCompatible):
+    """The lengths, or why they cannot be counted."""
+
+    refused: InputProblem | None = None
+    lengths: TokenLengths | None = None
 
 
 class NearDuplicates(ForwardCompatible):
     """Rows that nearly say the same, in different splits: an evaluation on them is too good."""
 
-    compared_rows: int
+    compared_rows: int  # held-out rows
+    compared_training_rows: int = 0
     held_out_rows_with_a_near_duplicate: int
-    examples: tuple[tuple[int, int], ...] = ()  # the held-out row and the training row, by their numbers in the splits
+    examples: tuple[IntegerPair, ...] = ()  # the held-out row and the training row, by their numbers in the splits
 
 
 class Finding(ForwardCompatible):
@@ -260,6 +285,7 @@ class Finding(ForwardCompatible):
     kind: str  # "email", "phone", "credit_card", "private_key", "aws_access_key", …
     rows: int
     first_rows: tuple[int, ...] = ()  # numbers of rows in the training split
+    first_held_out_rows: tuple[int, ...] = ()  # numbers of rows in the evaluation split
 
 
 class DatasetReport(ForwardCompatible):

@@ -29,10 +29,11 @@ from service.core.access.keys import Keys
 from service.core.access.logins import Logins
 from service.core.access.ports import AccessStore, IdentityVerifier
 from service.core.access.rules import IdentityRules
-from service.core.datasets.records import Datasets
+from service.core.datasets.assembly import DatasetServices, build_dataset_services
 from service.core.jobs.assembly import JobServices, build_job_services
 from service.core.jobs.credentials import DeploymentCredentials
 from service.core.jobs.reconciler import Reconciler
+from service.core.jobs.source_rights import SourceRules
 from service.core.jobs.upkeep import Upkeep
 from service.core.launchers import LauncherPool
 from service.core.models.registry import ModelRegistry
@@ -70,7 +71,7 @@ class Services:
     hub: Hub
     tokens: TokenSigner
     jobs: JobServices
-    datasets: Datasets
+    datasets: DatasetServices
     models: ModelRegistry
     keys: Keys
     logins: Logins
@@ -129,24 +130,32 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         checkpoint_retention=_find_checkpoint_retention(settings),
         quotas=quotas,
         egress=EgressCheck(egress_policy(settings), SystemResolver()),
+        source_rules=SourceRules(owner_is_local=settings.identity is None, prefixes=settings.dataset_sources),
     )
-    datasets = Datasets(
+    datasets = build_dataset_services(
         store=store,
-        objects=buckets.datasets,
+        buckets=buckets,
         limits=IngestLimits(
             max_row_bytes=settings.max_row_bytes,
             max_image_row_bytes=settings.max_image_row_bytes,
             max_rows=settings.max_dataset_rows,
             max_pixels=settings.max_dataset_pixels,
+            max_source_bytes=settings.max_source_bytes,
             max_memory_bytes=settings.ingest_memory_bytes,
         ),
         ingester=ProcessIngester(python=settings.ingest_python, variables=inherited_variables(settings)),
+        jobs=None,
+        upload_signer=create_url_signer(buckets.datasets, tokens, iam_emulator_host=settings.iam_credentials_emulator_host),
         clock=clock,
-        random_suffix=lambda: token_hex(6),
+        random_suffix=token_hex,
         scratch=home / "uploads",
-        max_incoming_bytes=settings.max_incoming_bytes,
+        tokenizer_cache=home / "tokenizers",
         quotas=quotas,
+        max_incoming_bytes=settings.max_incoming_bytes,
+        max_upload_bytes=_find_max_link_bytes(settings),
         incoming_by_tenant=settings.identity is not None,
+        wait_s=settings.ingest_wait_s,
+        max_request_bytes=settings.ingest_request_bytes,
     )
     keys, local_token = Keys(access_store, clock), LocalToken(home)
     return Services(
@@ -170,6 +179,12 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
         reconciler=reconciler,
         upkeep=_create_upkeep(settings, jobs) if interval_s else None,
     )
+
+
+def _find_max_link_bytes(settings: Settings) -> int:
+    """The largest file that can be sent to a link: where this service takes it, the limit of its uploads applies."""
+    is_own = settings.object_urls["datasets"].startswith("file://")
+    return min(settings.max_upload_bytes, settings.max_incoming_bytes) if is_own else settings.max_incoming_bytes
 
 
 def _find_checkpoint_retention(settings: Settings) -> timedelta | None:

@@ -125,6 +125,12 @@ class Settings(BaseSettings):
         ge=1,
         description="Datasets that are checked at the same time. Four times as many wait; more are answered with 503 and Retry-After.",
     )
+    ingest_wait_s: float = Field(
+        60.0, gt=0, le=3600, description="Seconds that an upload waits for its dataset; what takes longer is left to a job."
+    )
+    ingest_request_bytes: int = Field(
+        64 << 20, ge=0, description="Largest file below `incoming/` that is read inside a request, in bytes; a job reads larger ones."
+    )
     otlp_endpoint: str | None = Field(
         None,
         pattern=r"^https?://[^\s@]+$",
@@ -146,6 +152,15 @@ class Settings(BaseSettings):
         4 << 30, ge=256 << 20, description="Memory that the process that reads one uploaded file may address, in bytes."
     )
     max_dataset_rows: int = Field(1_000_000, ge=1, description="Maximum number of rows of a dataset.")
+    max_source_bytes: int = Field(
+        16 << 30, ge=1, description="Largest source of a dataset that a job downloads, all its files together, in bytes."
+    )
+    dataset_sources: dict[str, tuple[str, ...]] = Field(
+        {},
+        description="Which sources are read with the deployment's own credentials, as JSON: prefixes such as `gs://bucket/folder` or "
+        '`hf://owner` by tenant: `{"acme": ["gs://acme-data/chats"]}`. Default: every source for the owner of a service without '
+        "`identity`, none for anybody else; callers send credentials of their own.",
+    )
     quotas: Quotas = Field(
         default_factory=lambda: Quotas.model_validate({}),
         description="Quotas of tenants, as JSON: `default`, and `tenants` by id with what differs for one. Of each: `max_queued_jobs`, "
@@ -303,7 +318,8 @@ INHERITED_S3_VARIABLES = (
 
 def inherited_variables(settings: Settings) -> dict[str, str]:
     """The service's variables that an attempt may see."""
-    uses_s3 = any(url.startswith("s3://") for url in settings.object_urls.values())
+    own_sources = (prefix for prefixes in settings.dataset_sources.values() for prefix in prefixes)
+    uses_s3 = any(url.startswith("s3://") for url in (*settings.object_urls.values(), *own_sources))
     names = (*INHERITED_VARIABLES, *INHERITED_S3_VARIABLES) if uses_s3 else INHERITED_VARIABLES
     return {name: os.environ[name] for name in names if name in os.environ}
 

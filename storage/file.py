@@ -111,6 +111,14 @@ class LocalStore:
         return path
 
     @contextmanager
+    def open_write(self, key: str) -> Generator[BinaryIO]:
+        """A stream that becomes an object when the block ends without an error. Only this store has it."""
+        path = self.path_for_key(key)
+        with self._open_temporary() as temporary:
+            yield temporary.stream
+            self._publish(temporary, path, key, if_absent=False)
+
+    @contextmanager
     def _open_temporary(self) -> Generator["_TemporaryFile"]:
         """A temporary file, deleted at the end unless it was renamed."""
         try:

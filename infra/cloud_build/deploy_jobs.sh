@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets the image of each hardware profile's Cloud Run job by digest; running executions keep their image.
+# Sets the image of each Cloud Run job by digest; running executions keep their image. The image of the environment llm runs on every
+# profile, in the job `tunesmith-PROFILE`; that of data on profiles without a GPU, in `tunesmith-data-PROFILE`.
 # From cloudbuild.yaml: REGION, PROFILES.
 set -euo pipefail
 
@@ -13,4 +14,7 @@ for profile in ${PROFILES//,/ }; do
       ;;
   esac
   gcloud run jobs update "tunesmith-$profile" --region="$REGION" --image="$image" --quiet
+  if [[ $profile == cpu ]]; then
+    gcloud run jobs update "tunesmith-data-$profile" --region="$REGION" --image="$(<.images/data)" --quiet
+  fi
 done

@@ -152,6 +152,7 @@ resource "google_storage_bucket_iam_member" "job_writes_results" {
   }
 }
 
+# Rows for trainings, and incoming files for ingestions.
 resource "google_storage_bucket_iam_member" "job_reads_datasets" {
   count = var.narrow_attempt_credentials ? 0 : 1
 
@@ -172,6 +173,22 @@ resource "google_storage_bucket_iam_member" "job_keeps_tokens" {
     title       = "tokens"
     description = "Only cached tokens."
     expression  = "resource.name.startsWith(\"projects/_/buckets/${google_storage_bucket.buckets["datasets"].name}/objects/datasets/\") && resource.name.endsWith(\".arrow\")"
+  }
+}
+
+# The rows that an ingestion makes. Each attempt has a folder of its own, datasets/ID/attempt-NUMBER/, and the record names the one whose
+# rows count, with their checksums; what was made of an upload is beside these folders and stays out of reach.
+resource "google_storage_bucket_iam_member" "job_writes_datasets" {
+  count = var.narrow_attempt_credentials ? 0 : 1
+
+  bucket = google_storage_bucket.buckets["datasets"].name
+  role   = "roles/storage.objectUser"
+  member = google_service_account.job.member
+
+  condition {
+    title       = "ingested rows"
+    description = "Only the folders of attempts below a dataset."
+    expression  = "resource.name.startsWith(\"projects/_/buckets/${google_storage_bucket.buckets["datasets"].name}/objects/datasets/\") && resource.name.extract(\"/attempt-{attempt}/\") != \"\""
   }
 }
 

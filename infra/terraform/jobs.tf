@@ -1,4 +1,5 @@
-# One Cloud Run job per hardware profile: an execution can override arguments, environment and timeout, but no hardware.
+# One Cloud Run job per environment and hardware profile: an execution can override arguments, variables and timeout, but neither image nor
+# hardware.
 
 locals {
   # The file system of an execution is memory. An attempt keeps there the base, the merged model and its GGUFs, beside what the
@@ -9,10 +10,17 @@ locals {
     rtx-pro-6000 = { cpu = "20", memory = "80Gi", accelerator = "nvidia-rtx-pro-6000", launch_stage = "BETA" }
     cpu          = { cpu = "8", memory = "32Gi", accelerator = null, launch_stage = "GA" }
   }
+
+  # By what follows `tunesmith-` in a job's name: the environment llm on every profile, and data, which reads datasets, where no GPU
+  # would be paid for it.
+  jobs = merge(
+    { for name in var.profiles : name => local.hardware[name] },
+    { for name in var.profiles : "data-${name}" => local.hardware[name] if local.hardware[name].accelerator == null },
+  )
 }
 
 resource "google_cloud_run_v2_job" "profiles" {
-  for_each = { for name in var.profiles : name => local.hardware[name] }
+  for_each = local.jobs
 
   name                = "tunesmith-${each.key}"
   location            = var.region

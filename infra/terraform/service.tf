@@ -34,10 +34,12 @@ locals {
     TUNESMITH_CLOUD_RUN_TIME_LIMIT_S        = tostring(var.attempt_time_limit_s)
     TUNESMITH_CLOUD_RUN_MAX_CONCURRENT_JOBS = tostring(var.max_concurrent_jobs)
 
-    TUNESMITH_RECONCILE_INTERVAL_S = "0"         # Cloud Scheduler calls instead: scheduler.tf
-    TUNESMITH_EVENT_POLL_S         = "2"         # every poll is billed
-    TUNESMITH_MAX_INCOMING_BYTES   = "209715200" # copied to /tmp, which is memory: it takes twice that, and the digests of the rows
-    TUNESMITH_MAX_UPLOAD_BYTES     = "33488896"  # Cloud Run accepts bodies of 32 MiB; 64 KiB of that are for the form around the file
+    TUNESMITH_RECONCILE_INTERVAL_S   = "0"          # Cloud Scheduler calls instead: scheduler.tf
+    TUNESMITH_EVENT_POLL_S           = "2"          # every poll is billed
+    TUNESMITH_MAX_INCOMING_BYTES     = "209715200"  # copied to /tmp, which is memory: it takes twice that, and the digests of the rows
+    TUNESMITH_INGEST_MEMORY_BYTES    = "1610612736" # addressable, of the container's 2 GiB: the tokenizer of Gemma 3 takes 1 GB of it
+    TUNESMITH_MAX_CONCURRENT_UPLOADS = "1"          # one such process at a time
+    TUNESMITH_MAX_UPLOAD_BYTES       = "33488896"   # Cloud Run accepts bodies of 32 MiB; 64 KiB of that are for the form around the file
   }
 }
 
@@ -69,9 +71,10 @@ resource "google_cloud_run_v2_service" "tunesmith" {
         cpu_idle          = true # processor only during requests: ADR 6
         startup_cpu_boost = true
 
+        # For the process that reads an upload, for its files in /tmp, which is memory, and for the service itself.
         limits = {
           cpu    = "1"
-          memory = "1Gi"
+          memory = "2Gi"
         }
       }
 

@@ -7,31 +7,23 @@ JSON for each report of progress. Exit codes:
     1   it failed for another reason, which is on standard error
 """
 
-import resource
 import sys
 from pathlib import Path
 
+from jobs.ingest.limits import limit_process
 from jobs.ingest.pipeline import ingest
 from schema.ingestion import IngestProgress, IngestTask
 
 OUTCOME_FILE = "outcome.json"
-MAX_OPEN_FILES = 256
 
 
 def main(arguments: list[str]) -> int:
     """Run the task; returns the exit code."""
     task = IngestTask.load(Path(arguments[0]).read_bytes())
-    _limit_process(task.limits.max_memory_bytes)
+    limit_process(task.limits.max_memory_bytes)
     outcome = ingest(task, _print_progress)
     (Path(task.output) / OUTCOME_FILE).write_text(outcome.model_dump_json())
     return 0
-
-
-def _limit_process(memory_bytes: int) -> None:
-    """A file that takes more is not read: it may have been made to."""
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, MAX_OPEN_FILES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _print_progress(progress: IngestProgress) -> None:

@@ -58,13 +58,13 @@ class RowReader:
             if isinstance(record.content, dict) or len(record.content) > self._limits.max_row_bytes:
                 check_text_size(row, content, self._limits)
         except InvalidValue as error:
-            error.field = self._mapper.describe_field(error.field)
             return self.describe_problem(error, record.line, record.part)
         return PlacedRow(row, record.line, record.part)
 
     def describe_problem(self, error: InvalidValue, line: int, part: str) -> RowProblem:
-        """What is wrong with a row, and where it is."""
-        return RowProblem(part=part, line=line, unit=self._unit, field=error.field, reason=error.reason, code=error.code)
+        """What is wrong with the row that was read last, and where it is. Its field is named as the file names it."""
+        field = self._mapper.describe_field(error.field)
+        return RowProblem(part=part, line=line, unit=self._unit, field=field, reason=error.reason, code=error.code)
 
 
 def parse_record(record: Record) -> JsonObject:

@@ -22,8 +22,7 @@ class IngestConfig(BaseTrainingConfig):
     phases: ClassVar[tuple[Phase, ...]] = ("downloading", "reading", "reporting", "uploading")
 
     trainer_type: Literal["ingest"] = "ingest"
-    source: str  # incoming/…, gs://…, s3://…, hf://… or https://…; of an https URL without its query, which may be a signature
-    filename: str | None = None  # as the caller named the file, where the source is a key of the dataset bucket
+    source: str  # as `schema/sources.py` writes it; of an https URL without its query, which may be a signature
     # With whose rights the source is read: those of the secrets that came with the request, none, or the deployment's own.
     rights: Literal["caller", "anonymous", "deployment"] = "anonymous"
     endpoint_url: str | None = None  # of an S3 server that is not Amazon's

@@ -107,7 +107,7 @@ async def _record(request: Request, action: str, status: int, code: str | None, 
 
 def _find_created_resource(response: Response) -> str | None:
     """The id of what the request created, as its answer names it."""
-    if response.status_code != 201 or len(response.body) > MAX_PARSED_BYTES:
+    if response.status_code not in (201, 202) or len(response.body) > MAX_PARSED_BYTES:
         return None
     answer = orjson.loads(response.body)
     return next((str(answer[name]) for name in RESOURCE_PARAMETERS if name in answer), None)

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from schema.checkpoint import CheckpointReason
-from schema.dataset import Dataset, DatasetShare
+from schema.dataset import DatasetShare
 from schema.job import (
     Artifact,
     Attempt,
@@ -23,6 +23,7 @@ from schema.job import (
     Status,
 )
 from schema.placement import Placement
+from schema.training.resolved import ResolvedValue
 from schema.types import Phase
 from service.core.event_store import StoredEvent
 from service.core.jobs.checkpoints import StoredCheckpoint
@@ -107,6 +108,7 @@ class JobDetail(BaseModel):
     method: str
     # Any: the configuration as it was sent, with every default filled in and every secret removed.
     training_config: dict[str, Any]
+    resolved: list[ResolvedValue]  # what was chosen where the request said "auto", and why
     created_at: datetime
     updated_at: datetime
     started_at: datetime | None
@@ -190,48 +192,6 @@ class DeleteJobResponse(BaseModel):
     deleted_resources: list[str]
 
 
-class DatasetView(BaseModel):
-    """A dataset's record."""
-
-    processed_dataset_id: str
-    name: str
-    dataset_type: str
-    project_id: str | None
-    rows: int
-    splits: dict[str, int]
-    size_bytes: int
-    digest: str
-    rows_uploaded: int
-    duplicates_dropped: int
-    images: int
-    columns: list[str]  # beside the prompt, in a dataset of prompts: graders can read them
-    prompt_form: str | None  # strings or messages; null for datasets from before it was recorded
-    has_tools: bool
-    has_weights: bool  # some assistant message has weight 0
-    created_at: datetime
-
-
-class DatasetDetail(DatasetView):
-    """A dataset with its first rows."""
-
-    preview: dict[str, list[Any]]
-
-
-class DatasetList(BaseModel):
-    """A page of datasets, newest first."""
-
-    datasets: list[DatasetView]
-    next_cursor: str | None
-
-
-class DeleteDatasetResponse(BaseModel):
-    """What was deleted."""
-
-    processed_dataset_id: str
-    deleted: bool
-    deleted_resources: list[str]
-
-
 class HealthResponse(BaseModel):
     """Whether the service is live, and whether each part that it needs answers."""
 
@@ -289,6 +249,7 @@ def job_detail(view: JobView) -> JobDetail:
         trainer_type=config.trainer_type,
         method=summary.method,
         training_config=config.model_dump(mode="json"),
+        resolved=list(job.resolved),
         created_at=job.created_at,
         updated_at=job.updated_at,
         started_at=job.started_at,
@@ -345,28 +306,6 @@ def event_row(stored: StoredEvent) -> dict[str, object]:
         "at": stored.at.isoformat(),
         "event": stored.event.model_dump(mode="json"),
     }
-
-
-def dataset_view(dataset: Dataset) -> DatasetView:
-    """A dataset as the API shows it."""
-    return DatasetView(
-        processed_dataset_id=dataset.processed_dataset_id,
-        name=dataset.name,
-        dataset_type=dataset.dataset_type,
-        project_id=dataset.project_id,
-        rows=dataset.rows,
-        splits={name: split.rows for name, split in dataset.splits.items()},
-        size_bytes=sum(split.size_bytes for split in dataset.splits.values()),
-        digest=dataset.digest,
-        rows_uploaded=dataset.rows_uploaded,
-        duplicates_dropped=dataset.duplicates_dropped,
-        images=dataset.images,
-        columns=list(dataset.columns),
-        prompt_form=dataset.prompt_form,
-        has_tools=dataset.has_tools,
-        has_weights=dataset.has_weights,
-        created_at=dataset.created_at,
-    )
 
 
 def _attempt_view(attempt: Attempt) -> AttemptView:

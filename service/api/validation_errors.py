@@ -12,7 +12,7 @@ from schema.training import TRAINER_TYPES
 from schema.training.llm_graders import GRADER_TYPES
 from service.core.suggestions import did_you_mean, find_parents, list_fields
 
-MAX_PROBLEMS = 50  # of one answer
+MAX_PROBLEMS = 100  # of one answer
 UNION_BRANCH = re.compile(r"(?:literal|list|function-[a-z-]+)\[.*\]")  # pydantic's name for one of several forms of a field
 QUOTED = re.compile(r"'([^']*)'")  # pydantic lists the values that a field may have as text
 

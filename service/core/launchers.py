@@ -64,6 +64,19 @@ class LauncherPool:
             raise InvalidRequest("hardware names the same profile twice", param="hardware")
         return tuple(offers)
 
+    def list_offers(self, environment: str) -> list[Offer]:
+        """Every placement with that environment. Raises Unsupported when there is none, and Unavailable when no launcher can tell."""
+        offers, unavailable = list[Offer](), list[Unavailable]()
+        for launcher in self:
+            try:
+                if environment in launcher.list_environments():
+                    offers += [_offer(launcher, profile, environment) for profile in launcher.profiles]
+            except Unavailable as error:
+                unavailable.append(error)
+        if not offers and unavailable:
+            raise unavailable[0]
+        return offers or [_offer(next(iter(self)), "", environment)]
+
     def describe_missing(self, job: Job) -> str | None:
         """Why a queued job waits for no launcher of this deployment; None when one of them can take it."""
         if any(name in self._launchers for name in job.launchers):

@@ -1,13 +1,13 @@
 """The ports: what the core needs from databases, compute, secret stores and the Hub. Each port has one contract suite."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from schema.capabilities import EnvironmentManifest
 from schema.dataset import Dataset
 from schema.events import Event
-from schema.ingestion import IngestOutcome, IngestTask
+from schema.ingestion import IngestOutcome, IngestTask, TokenLengthsOutcome, TokenLengthsTask
 from schema.job import Failure, Job, Status
 from service.core.event_store import EventStore
 from service.core.job_lists import JobEntry, JobQuery, ListedJob
@@ -153,6 +153,10 @@ class Ingester(Protocol):
         """
         ...
 
+    def count_tokens(self, task: TokenLengthsTask, *, timeout_s: float | None = None) -> TokenLengthsOutcome:
+        """Count the tokens of a dataset's rows. Raises what `ingest` raises."""
+        ...
+
 
 class IngestTimeout(Exception):
     """The ingestion was ended because it took too long for a request."""
@@ -173,6 +177,7 @@ class Profile:
     compute_capability: float | None = None  # CUDA's: 8.9 for an L4
     cpus: int | None = None
     memory_bytes: int | None = None
+    has_bf16: bool | None = None  # whether a processor computes it in hardware; GPUs do
     time_limit_s: int | None = None  # of an attempt; the next attempt continues. None: no limit
 
 
@@ -245,6 +250,20 @@ class Launcher(Protocol):
 
     def close(self) -> None:
         """Called when the service stops: end whatever nothing else would end."""
+        ...
+
+
+@runtime_checkable
+class SlotReserver(Protocol):
+    """A launcher that keeps slots for the attempts of some environments, so that they need not wait behind all others."""
+
+    @property
+    def reserved_environments(self) -> Collection[str]:
+        """The environments with slots of their own. `count_free_slots` counts neither these slots nor their attempts."""
+        ...
+
+    def count_free_reserved_slots(self, environment: str) -> int:
+        """How many attempts of that environment may be launched now."""
         ...
 
 
@@ -347,11 +366,23 @@ class SecretStore(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SignedUpload:
+    """Where one object is sent with PUT, and the headers that the request must have."""
+
+    url: str
+    headers: Mapping[str, str]
+
+
 class UrlSigner(Protocol):
-    """Makes links to objects of the model bucket that need no other credential and expire."""
+    """Makes links to objects of one bucket that need no other credential and expire."""
 
     def sign_url(self, key: str, filename: str, expires_s: int) -> str:
         """An absolute URL, or a path that starts with `/` when this service itself serves it. Raises InvalidRequest, Unavailable."""
+        ...
+
+    def sign_upload(self, key: str, size_bytes: int, expires_s: int) -> SignedUpload:
+        """A link that takes an object of at most that size, and no other. Its URL is as that of `sign_url`, which says what is raised."""
         ...
 
 

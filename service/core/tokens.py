@@ -16,6 +16,7 @@ from service.core.errors import Unauthorized
 LAUNCH_AUDIENCE = "tunesmith-launch"
 ATTEMPT_AUDIENCE = "tunesmith-attempt"
 FILE_AUDIENCE = "tunesmith-file"
+UPLOAD_AUDIENCE = "tunesmith-upload"
 # No attempt waits or runs longer. A token is useless earlier: every call checks in the record that its attempt has not ended.
 LAUNCH_TOKEN_TTL = timedelta(days=14)
 ATTEMPT_TOKEN_TTL = timedelta(hours=1)
@@ -60,6 +61,15 @@ class TokenSigner:
         """The object's key and the name to save it under. Raises Unauthorized."""
         claims = self._read(token, FILE_AUDIENCE, leeway=timedelta())
         return str(claims["sub"]), str(claims["filename"])
+
+    def sign_upload_token(self, key: str, size_bytes: int, expires_s: int) -> str:
+        """A token that lets its bearer write one object of at most that size."""
+        return self._sign({"sub": key, "size_bytes": size_bytes, "aud": UPLOAD_AUDIENCE}, timedelta(seconds=expires_s))
+
+    def read_upload_token(self, token: str) -> tuple[str, int]:
+        """The object's key and its largest size. Raises Unauthorized."""
+        claims = self._read(token, UPLOAD_AUDIENCE, leeway=timedelta())
+        return str(claims["sub"]), int(str(claims["size_bytes"]))
 
     def sign(self, claims: Mapping[str, object], audience: str, lifetime: timedelta) -> str:
         """A token with these claims, `sub` among them, for one purpose."""

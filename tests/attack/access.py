@@ -19,7 +19,7 @@ from tests.chaos.campaign import CampaignError
 
 VICTIM, RIVAL = "acme", "rival"
 # Routes that anybody may call. They say nothing about a tenant; a file's link and a login's have their own signed token.
-PUBLIC = ("get_root", "get_docs", "get_health", "download_file", "log_in", "log_out")
+PUBLIC = ("get_root", "get_docs", "get_health", "download_file", "receive_upload", "log_in", "log_out")
 # Routes that answer every caller, with what is their own.
 OWN_ANSWERS = (
     "get_capabilities",
@@ -32,6 +32,8 @@ OWN_ANSWERS = (
     "list_keys",
     "list_audit_entries",
     "upload_dataset",
+    "check_dataset",
+    "create_upload",
     "create_key",
     "create_login_code",
 )

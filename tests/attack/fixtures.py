@@ -16,6 +16,7 @@ from urllib.parse import quote, urlsplit
 import httpx2
 
 from schema.checkpoint import MANIFEST, Checkpoint, checkpoint_key, checkpoints_prefix
+from schema.ingestion import TokenLengths
 from tests.attack.attempt_client import AttemptClient, end_process, start_attempt
 from tests.attack.target import Caller, Json, Target
 from tests.chaos.service import BASE_MODEL
@@ -37,6 +38,7 @@ class ValidRequest:
     body: Json | None = None
     form: dict[str, str] | None = None
     file: tuple[str, str] | None = None  # name and content
+    content: bytes | None = None  # a body that is no JSON
 
     @property
     def url_path(self) -> str:
@@ -48,6 +50,8 @@ class ValidRequest:
         options: Json = {"params": self.query, "headers": self.headers}
         if self.body is not None:
             options["json"] = self.body
+        if self.content is not None:
+            options["content"] = self.content
         if self.form is not None:
             options["data"] = self.form
         if self.file is not None:
@@ -112,6 +116,22 @@ class World:
         """The token of a link to the published file."""
         answer = self.owner.expect(200, "GET", f"/jobs/download/{self.completed_job_id}")
         return urlsplit(answer["download_url"]).path.rpartition("/")[2]
+
+    def upload_token(self) -> str:
+        """The token of a new link that takes a file."""
+        answer = self.owner.expect(201, "POST", "/datasets/uploads", json={"filename": "rows.jsonl", "size_bytes": 100_000})
+        return urlsplit(answer["url"]).path.rpartition("/")[2]
+
+    def write_token_lengths(self) -> str:
+        """Write down the token lengths of the dataset, as an earlier count does; returns the dataset's id."""
+        lengths = {"base_model_id": BASE_MODEL, "tokenizer_digest": "1", "exact": True, "rows": 12, "total_tokens": 24, "mean": 2.0}
+        counted = TokenLengths.model_validate(lengths | {"percentiles": {"50": 2}, "histogram": [(2, 12)]})
+        name = sha256(BASE_MODEL.encode()).hexdigest()[:16]
+        path = self.target.objects / f"datasets/{self.dataset_id}/token_lengths/{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(counted.model_dump_json())
+        (self.target.objects / f"pretrained_weights/huggingface/{BASE_MODEL}/tokenizer.json").write_text("{}")
+        return self.dataset_id
 
     def login_code(self) -> str:
         """A new code with which a browser logs in."""
@@ -207,6 +227,23 @@ FIXTURES: dict[str, Callable[[World], ValidRequest]] = {
     "read_job_logs": _of_job("GET", "/logs", 200, _completed),
     "upload_dataset": lambda world: ValidRequest(
         "POST", "/datasets", 201, form={"name": f"{world.mark} upload"}, file=("rows.jsonl", world.rows())
+    ),
+    "check_dataset": lambda world: ValidRequest(
+        "POST", "/datasets/check", 200, form={"format": "jsonl"}, file=("rows.jsonl", world.rows())
+    ),
+    "create_upload": lambda _: ValidRequest("POST", "/datasets/uploads", 201, body={"filename": "rows.jsonl", "size_bytes": 1000}),
+    "receive_upload": lambda world: ValidRequest(
+        "PUT", "/datasets/uploads/{token}", 200, path={"token": world.upload_token()}, content=world.rows().encode()
+    ),
+    "list_rows": lambda world: ValidRequest(
+        "GET", "/datasets/{processed_dataset_id}/rows", 200, path={"processed_dataset_id": world.dataset_id}, query={"limit": "3"}
+    ),
+    "count_token_lengths": lambda world: ValidRequest(
+        "POST",
+        "/datasets/{processed_dataset_id}/token_lengths",
+        200,
+        path={"processed_dataset_id": world.write_token_lengths()},
+        body={"base_model_id": BASE_MODEL},
     ),
     "list_datasets": lambda _: ValidRequest("GET", "/datasets", 200, query={"limit": "200"}),
     "get_dataset": lambda world: ValidRequest(

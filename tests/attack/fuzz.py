@@ -159,6 +159,8 @@ class Fuzzer:
         case = operation.Case(path_parameters=fixture.path or None)
         options: Json = fixture.options()
         case.query = options["params"] or None
+        if "content" in options:
+            options["data"] = options.pop("content")
         began = time.monotonic()
         url = self._target.url + fixture.url_path
         response = self._session.request(fixture.method, url, timeout=TIMEOUT_S, allow_redirects=False, **options)

@@ -25,6 +25,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalLauncher, "list_environments", lambda _: {"llm": make_manifest()})
         patch.setattr(LocalLauncher, "count_free_slots", lambda _, active_jobs: 0)
+        patch.setattr(LocalLauncher, "count_free_reserved_slots", lambda _, environment: 0)
         home: Path = tmp_path_factory.mktemp("home")
         yield schemathesis.openapi.from_asgi("/openapi.json", create_app(Settings(home=home)))
 

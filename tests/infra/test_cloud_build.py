@@ -252,12 +252,27 @@ def test_each_profile_gets_image_for_its_gpu(builder: BuildHarness) -> None:
     profiles = "l4,rtx-pro-6000,cpu"
     builder.run_step("llm-image")
     builder.run_step("llm-cuda13-image", _PROFILES=profiles)
+    builder.run_step("data-image")
     assert builder.run_step("deploy-jobs", _PROFILES=profiles).returncode == 0
-    assert [re.findall(r"update (\S+) .*/([\w-]+)@sha256:d{64} ", call)[0] for call in builder.calls[-3:]] == [
+    assert [re.findall(r"update (\S+) .*/([\w-]+)@sha256:d{64} ", call)[0] for call in builder.calls[-4:]] == [
         ("tunesmith-l4", "llm"),
         ("tunesmith-rtx-pro-6000", "llm-cuda13"),
         ("tunesmith-cpu", "llm"),
+        ("tunesmith-data-cpu", "data"),
     ]
+
+
+def test_manifest_is_copied_out_of_each_environment_image(builder: BuildHarness) -> None:
+    for name in ("llm", "data"):
+        assert builder.run_step(f"{name}-image").returncode == 0
+        path = f"jobs/environments/{name}/"
+        assert any(call.startswith("docker cp ") and call.endswith(f":/app/{path}capabilities.json {path}") for call in builder.calls)
+
+
+def test_recorded_images_are_those_of_every_build() -> None:
+    recorded = {image.rpartition("/")[2].partition(":")[0] for image in BUILD_CONFIG["images"]}
+    built = {name.removesuffix("-image") for name in STEPS if name.endswith("-image")}
+    assert built - recorded == {"llm-cuda13"}  # which a build without its profile does not make
 
 
 def test_profile_without_image_is_rejected(builder: BuildHarness) -> None:
@@ -275,8 +290,8 @@ def test_every_terraform_profile_has_image() -> None:
 
 
 def test_gcloud_accepts_every_call(builder: BuildHarness, gcloud: Gcloud) -> None:
-    for step in ("service-image", "llm-image", "deploy-service", "deploy-jobs"):
+    for step in ("service-image", "llm-image", "data-image", "deploy-service", "deploy-jobs"):
         builder.run_step(step)
     calls = [call for call in builder.calls if call.startswith("gcloud")]
-    assert len(calls) == 6
+    assert len(calls) == 7
     assert {command: error for command, error in gcloud.lint(calls).items() if error} == {}

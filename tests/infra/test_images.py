@@ -1,5 +1,6 @@
 """The images without a container engine: Dockerfiles are linted and parsed; the service's image is installed and run."""
 
+import json
 import os
 import re
 import shutil
@@ -20,12 +21,12 @@ from tests.infra.dockerfile import Dockerfile, Instruction, parse_dockerfile, pa
 
 ROOT = Path(__file__).resolve().parents[2]
 HADOLINT = Path(sys.executable).with_name("hadolint")
-SERVICE, LLM = "service/Dockerfile", "jobs/environments/llm/Dockerfile"
-parametrize_dockerfile = pytest.mark.parametrize("path", [SERVICE, LLM])
+SERVICE, LLM, DATA = "service/Dockerfile", "jobs/environments/llm/Dockerfile", "jobs/environments/data/Dockerfile"
+parametrize_dockerfile = pytest.mark.parametrize("path", [SERVICE, LLM, DATA])
 DOCKER_IGNORE = parse_dockerignore((ROOT / ".dockerignore").read_text())
 
 MB = 1_000_000
-MAX_IMAGE_BYTES = 300 * MB
+MAX_IMAGE_BYTES = 560 * MB  # without the bytecode of libraries; half of it reads datasets: Arrow, tokenizers, numpy
 BASE_IMAGE_BYTES = 135 * MB  # python:3.11-slim-bookworm unpacked: an estimate, because no container engine is available to measure it
 START_TIMEOUT_S = 30
 STOP_TIMEOUT_S = 8  # Cloud Run allows 10 s
@@ -124,7 +125,7 @@ def test_libraries_are_installed_before_the_code_is_copied(path: str) -> None:
     [
         *("tests/factories.py", "bench/__main__.py", "docs/api.md", "README.md", "infra/demo.py", "cloudbuild.yaml"),
         *(".venvs/service/bin/python", ".git/config", ".env", ".tunesmith/records.db", "service.db", "data/rows.jsonl"),
-        *("service/__pycache__/main.cpython-311.pyc", "service/api/__pycache__/jobs.cpython-311.pyc", SERVICE, LLM),
+        *("service/__pycache__/main.cpython-311.pyc", "service/api/__pycache__/jobs.cpython-311.pyc", SERVICE, LLM, DATA),
     ],
 )
 def test_build_context_excludes(path: str) -> None:
@@ -132,7 +133,7 @@ def test_build_context_excludes(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["service/main.py", "storage/gs.py", "jobs/run.py", "jobs/environments/llm/requirements.txt", "infra/llama_cpp.sh", "LICENSE"]
+    "path", ["service/main.py", "storage/gs.py", "jobs/run.py", "jobs/environments/data/constraints.txt", "infra/llama_cpp.sh", "LICENSE"]
 )
 def test_build_context_includes(path: str) -> None:
     assert path not in DOCKER_IGNORE
@@ -264,7 +265,7 @@ def find_base_python() -> str:
 
 def write_manifest(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text('{"environment": "llm", "python": "3.12.0", "families": {}}')
+    path.write_text(json.dumps({"environment": path.parent.name, "python": "3.12.0", "families": {}}))
 
 
 def run_copy_instruction(step: Instruction, image: InstalledImage, folder: Path) -> None:
@@ -285,7 +286,8 @@ def run_copy_instruction(step: Instruction, image: InstalledImage, folder: Path)
 def run_shell_instruction(step: Instruction, image: InstalledImage, folder: Path) -> None:
     # Settings for access to the package index, and the home folder, which has pip's cache.
     network = {name: value for name, value in os.environ.items() if re.match(r"PIP_|SSL_|.*_proxy$|.*_PROXY$|HOME$", name)}
-    command = image.relocate_paths(step.text).replace("--no-cache-dir ", "--quiet ")
+    # No bytecode of libraries: it takes a minute to compile, and changes nothing but the time of the first start.
+    command = image.relocate_paths(step.text).replace("--no-cache-dir ", "--quiet --no-compile ")
     path = f"{image.root}/usr/local/bin:/usr/bin:/bin"
     done = subprocess.run(
         ["/bin/sh", "-ec", command], env=network | {"PATH": path}, cwd=folder, capture_output=True, text=True, check=False
@@ -339,8 +341,92 @@ def test_image_has_no_pip(installed_image: InstalledImage) -> None:
 
 def test_service_image_has_no_tests_or_trainers(installed_image: InstalledImage) -> None:
     assert sorted(path.name for path in (installed_image.root / "app").iterdir()) == ["LICENSE", "jobs", "schema", "service", "storage"]
-    jobs = [path for path in (installed_image.root / "app/jobs").rglob("*") if path.is_file()]
-    assert [path.name for path in jobs] == ["capabilities.json"]
+    jobs = installed_image.root / "app/jobs"
+    assert sorted(path.name for path in jobs.iterdir() if path.name != "__pycache__") == [
+        "__init__.py",
+        "environments",
+        "ingest",
+        "runtime",
+    ]
+    assert [path.name for path in (jobs / "runtime").iterdir() if path.is_file()] == ["isolated_process.py"]
+    assert {path.name for path in (jobs / "environments").rglob("*") if path.is_file()} == {"capabilities.json"}
+
+
+def test_service_image_reads_uploads_in_process_of_its_own(installed_image: InstalledImage, tmp_path: Path) -> None:
+    """By the command of service/adapters/ingester.py: the environment `data` is complete for it."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "out").mkdir()
+    task = {"files": [{"path": str(rows), "name": "rows.jsonl"}], "output": str(tmp_path / "out")}
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    python = load_dockerfile(SERVICE).final_stage.environment["TUNESMITH_INGEST_PYTHON"]
+    done = run_in_data_environment(installed_image, python, "-m", "jobs.ingest", str(tmp_path / "task.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcome = json.loads((tmp_path / "out/outcome.json").read_text())
+    assert (outcome["refused"], outcome["rows_read"], outcome["rows"]["dataset_type"]) == (None, 2, "text")
+
+
+def test_pruned_libraries_read_every_format_and_tokenize(installed_image: InstalledImage) -> None:
+    python = load_dockerfile(SERVICE).final_stage.environment["TUNESMITH_INGEST_PYTHON"]
+    done = run_in_data_environment(installed_image, python, "-c", READ_EVERYTHING)
+    assert (done.returncode, done.stdout.strip()) == (0, "2 2 LlamaTokenizer"), done.stderr[-2000:]
+
+
+# Every library of the formats, and the class of a tokenizer by the name in its configuration, as `AutoTokenizer` finds it.
+READ_EVERYTHING = """
+import charset_normalizer, orjson, PIL.Image, pyarrow, pyarrow.csv, pyarrow.dataset, pyarrow.feather, pyarrow.ipc, pyarrow.parquet
+import io, python_calamine, tempfile, zstandard
+from transformers import AutoTokenizer, LlamaTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers
+table = pyarrow.table({"text": ["one", "two"]})
+parquet, feather = io.BytesIO(), io.BytesIO()
+pyarrow.parquet.write_table(table, parquet, compression="zstd")
+pyarrow.feather.write_feather(table, feather, compression="zstd")
+tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+with tempfile.TemporaryDirectory() as folder:
+    LlamaTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+rows = [pyarrow.parquet.read_table(parquet).num_rows, pyarrow.feather.read_table(feather).num_rows]
+print(*rows, type(tokenizer).__name__.removesuffix("Fast"))
+"""
+
+
+def run_in_data_environment(image: InstalledImage, python: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run the Python that reads uploads, with the variables that the service gives it."""
+    app = image.root / "app"
+    variables = {"PATH": "/usr/bin:/bin", "HOME": str(image.root / "tmp"), "PYTHONPATH": str(app), "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
+    command = [image.relocate_paths(python), *arguments]
+    return subprocess.run(command, env=variables, cwd=app, capture_output=True, text=True, check=False)
+
+
+# --- the image of what reads datasets ------------------------------------------------------------------------------------
+
+
+def test_data_entrypoint_runs_attempt() -> None:
+    assert load_dockerfile(DATA).final_stage.last_instruction("ENTRYPOINT").exec_form == ["python", "-m", "jobs.run"]
+
+
+def test_data_image_has_base_of_service() -> None:
+    assert {stage.base for stage in load_dockerfile(DATA).stages} == {stage.base for stage in load_dockerfile(SERVICE).stages}
+
+
+def test_data_image_has_runtime_and_one_family() -> None:
+    copied = {source.rstrip("/") for copy in load_dockerfile(DATA).stage("build").instructions_with("COPY") for source in copy.words[:-1]}
+    assert {source for source in copied if "environments" not in source} == {
+        *("LICENSE", "schema", "storage", "jobs/__init__.py", "jobs/run.py", "jobs/runtime", "jobs/ingest")
+    }
+
+
+def test_environments_pin_same_versions_of_shared_packages() -> None:
+    """Rows that one environment writes, another reads: by the same Arrow, tokenizers and templates."""
+    llm, data = (normalize_names(read_pins(ROOT / f"jobs/environments/{name}/requirements.txt")) for name in ("llm", "data"))
+    shared = llm.keys() & data.keys()
+    assert {"pyarrow", "tokenizers", "transformers", "jinja2"} <= shared
+    assert {name: (llm[name], data[name]) for name in shared if llm[name] != data[name]} == {}
+
+
+def normalize_names(pins: dict[str, str]) -> dict[str, str]:
+    return {re.sub(r"[-_.]+", "-", name): version for name, version in pins.items()}
 
 
 def http_get(url: str, path: str) -> tuple[int, str]:

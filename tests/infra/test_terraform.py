@@ -182,7 +182,7 @@ def test_attempt_account_has_only_required_roles() -> None:
         ("storage.objectViewer", "configs bucket"),
         ("storage.objectUser", "configs bucket on condition"),
         ("storage.objectViewer", "datasets bucket"),
-        ("storage.objectUser", "datasets bucket on condition"),
+        ("storage.objectUser", "datasets bucket on condition"),  # two: cached tokens, and the rows of an ingestion
         ("storage.objectUser", "models bucket"),
         ("run.invoker", "service"),
     }
@@ -191,7 +191,7 @@ def test_attempt_account_has_only_required_roles() -> None:
 def test_attempt_account_has_no_role_on_buckets_with_narrow_credentials() -> None:
     members = [item for item in MODULE.items_of("resource") if item.type == "google_storage_bucket_iam_member"]
     of_attempts = [item for item in members if unquote(item.body["member"]) == "google_service_account.job.member"]
-    assert len(of_attempts) == 5
+    assert len(of_attempts) == 6
     assert {unquote(item.body["count"]) for item in of_attempts} == {"var.narrow_attempt_credentials ? 0 : 1"}
 
 
@@ -206,6 +206,13 @@ def test_attempt_can_write_token_cache_but_not_datasets() -> None:
     assert any("/objects/datasets/" in text and "endsWith" in text and ".arrow" in text for text in iter_strings(bound.body["condition"]))
     assert "/tokens/{digest.hexdigest()}.arrow" in read_source("jobs/llm/data/cache.py")
     assert "{name}.jsonl" in read_source("service/core/datasets/records.py")
+
+
+def test_ingestion_can_write_only_folder_of_its_attempt() -> None:
+    bound = RESOURCES["google_storage_bucket_iam_member.job_writes_datasets"]
+    (expression,) = [text for text in iter_strings(bound.body["condition"]) if "startsWith" in text]
+    assert "/objects/datasets/" in expression
+    assert re.search(r'&& resource\.name\.extract\(\\?"/attempt-\{attempt\}/\\?"\) !=', expression)
 
 
 def test_service_account_roles_are_minimal() -> None:
@@ -285,6 +292,7 @@ def test_every_launcher_profile_has_cloud_run_job() -> None:
     assert any(all(f'"{name}"' in text for name in sizes) for text in iter_strings(variable.body["validation"]))
     render = read_source("service/adapters/launchers/cloud_run/render.py")
     assert 'f"tunesmith-{profile}"' in render
+    assert 'f"tunesmith-{environment}-{profile}"' in render
     assert 'CONTAINER = "attempt"' in render
 
 
@@ -293,6 +301,28 @@ def read_hardware_profiles() -> dict[str, dict[str, Value]]:
     table = MODULE.locals["hardware"]
     assert isinstance(table, dict)
     return {unquote(name): row for name, row in table.items() if isinstance(row, dict) and name not in terraform_tree.PARSER_KEYS}
+
+
+@pytest.mark.parametrize(
+    ("profiles", "jobs"),
+    [
+        (["l4", "cpu"], {"l4", "cpu", "data-cpu"}),
+        (["l4", "rtx-pro-6000"], {"l4", "rtx-pro-6000"}),
+    ],
+)
+def test_datasets_are_read_on_profiles_without_gpu(terraform: str, tmp_path: Path, profiles: list[str], jobs: set[str]) -> None:
+    for name in ("variables.tf", "jobs.tf"):
+        text = (FOLDER / name).read_text()
+        (tmp_path / name).write_text(text.partition("\nresource ")[0] + "\n")
+    variables = [f"-var={value}" for value in ("project_id=my-project", "region=europe-west4", f"profiles={json.dumps(profiles)}")]
+    expression = "jsonencode({ for name, hardware in local.jobs : name => hardware.accelerator })"
+    run = subprocess.run(
+        [terraform, "console", *variables], input=expression, capture_output=True, text=True, cwd=tmp_path, env=OFFLINE_ENVIRONMENT
+    )
+    assert run.returncode == 0, run.stderr
+    accelerators = json.loads(json.loads(run.stdout))
+    assert accelerators.keys() == jobs
+    assert not [name for name, accelerator in accelerators.items() if name.startswith("data-") and accelerator]
 
 
 def test_hardware_profiles_are_valid_on_cloud_run() -> None:
@@ -381,6 +411,16 @@ def test_service_environment_has_required_settings() -> None:
         assert re.sub(r"\s+", " ", role_of) in re.sub(r"\s+", " ", read_source("infra/terraform/service.tf"))
     assert "PORT" not in environment  # Cloud Run sets it, and refuses a deployment that does
     assert int(environment["TUNESMITH_MAX_UPLOAD_BYTES"]) < 32 << 20
+
+
+def test_service_has_memory_for_each_upload_that_it_reads_at_once() -> None:
+    environment = read_service_environment()
+    (service,) = MODULE.items_of("resource", "google_cloud_run_v2_service")
+    limits = get_only_block(service.body, "template", "containers", "resources")["limits"]
+    assert isinstance(limits, dict)
+    memory = int(unquote(limits["memory"]).removesuffix("Gi")) << 30
+    processes = int(environment["TUNESMITH_MAX_CONCURRENT_UPLOADS"]) * int(environment["TUNESMITH_INGEST_MEMORY_BYTES"])
+    assert processes + (512 << 20) <= memory  # the service, and the files in /tmp
 
 
 def test_liveness_probe_does_not_depend_on_buckets() -> None:

@@ -44,6 +44,7 @@ def run_test_service(home: Path, *, offline_attempts: bool = False, **changes: A
         patch.setattr(LocalLauncher, "list_environments", lambda _: {"llm": make_manifest()})
         patch.setattr(LocalLauncher, "ping", lambda _: None)
         patch.setattr(LocalLauncher, "count_free_slots", lambda _, active_jobs: 0)  # jobs stay queued
+        patch.setattr(LocalLauncher, "count_free_reserved_slots", lambda _, environment: 0)
         patch.setattr(LocalLauncher, "check", lambda *_: "running")  # the attempts of `start_attempt` have no process
         patch.setattr(ProcessIngester, "ingest", lambda _, task, **__: ingest(task))
         with TestClient(create_app(settings), raise_server_exceptions=False) as client:

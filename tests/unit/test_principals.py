@@ -3,15 +3,17 @@
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service.core.datasets.records import Datasets
+from service.core.datasets.assembly import DatasetServices
 from service.core.errors import Forbidden
 from service.core.jobs.assembly import JobServices
 from service.core.models.registry import ModelRegistry
 from service.core.principals import LOCAL_PRINCIPAL, UPKEEP_PRINCIPAL, Principal, Scope, attempt_principal
+from tests.unit.dataset_records import make_datasets
 from tests.unit.jobs_harness import JobsHarness, make_batch
 
 # Steps of the service itself, which no request names: they act on records that were found before.
@@ -21,7 +23,8 @@ NOBODY = Principal("local", "nobody", frozenset())
 
 def iter_verbs() -> Iterator[tuple[str, Callable[..., object]]]:
     """Every public method of the core's services."""
-    for owner in [*(field.type for field in fields(JobServices) if field.name != "repository"), Datasets, ModelRegistry]:
+    parts = [field.type for services in (JobServices, DatasetServices) for field in fields(services) if field.name != "repository"]
+    for owner in [*parts, ModelRegistry]:
         assert isinstance(owner, type)
         for name, method in vars(owner).items():
             if inspect.isfunction(method) and not name.startswith("_"):
@@ -33,8 +36,8 @@ VERBS = dict(iter_verbs())
 
 def test_there_are_verbs_of_every_service() -> None:
     assert {name.partition(".")[0] for name in VERBS} == {
-        *("Submission", "JobControl", "Exports", "JobQueries", "JobMetrics", "Deletion", "Attempts", "Reconciliation", "Datasets"),
-        *("CheckpointRetention", "StorageQueries", "ModelRegistry"),
+        *("Submission", "JobControl", "Exports", "JobQueries", "JobMetrics", "Deletion", "Attempts", "Reconciliation"),
+        *("CheckpointRetention", "StorageQueries", "ModelRegistry", "Datasets", "DatasetIngestion", "IncomingFiles", "TokenCounts"),
     }
     assert set(VERBS) > INTERNAL
 
@@ -50,11 +53,6 @@ def test_verb_takes_a_principal_first_and_refuses_one_without_scopes(name: str, 
     if name == "Attempts.finish":
         positional = [harness.write_result(harness.start_training())]
     verb = getattr(owner, name.partition(".")[2])
-    if name == "Datasets.open_incoming":
-        verb = verb.__wrapped__.__get__(owner)  # a context manager does nothing before it is entered
-        with pytest.raises(Forbidden):
-            next(verb(NOBODY, *positional))
-        return
     with pytest.raises(Forbidden):
         verb(NOBODY, *positional, **keywords)
 
@@ -63,9 +61,8 @@ def make_owner(name: str, harness: JobsHarness) -> object:
     owner = name.partition(".")[0]
     if owner == "ModelRegistry":
         return ModelRegistry(harness.objects, harness.hub)
-    if owner == "Datasets":
-        return Datasets(**dict.fromkeys(inspect.signature(Datasets).parameters))  # type: ignore[arg-type]  # nothing is reached
-    return next(part for part in vars(harness.jobs).values() if type(part).__name__ == owner)
+    datasets = make_datasets(Path("/unused"))
+    return next(part for services in (harness.jobs, datasets) for part in vars(services).values() if type(part).__name__ == owner)
 
 
 def test_attempt_may_report_for_itself_alone(harness: JobsHarness) -> None:

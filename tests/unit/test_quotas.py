@@ -12,7 +12,7 @@ from schema.events import PhaseChanged
 from schema.ingestion import IngestOptions
 from schema.job import Job, Status
 from schema.requests import ExportRequest, ResumeRequest
-from service.core.datasets.records import Upload
+from service.core.datasets.ingestion import Upload
 from service.core.errors import QuotaExceeded
 from service.core.principals import LOCAL_PRINCIPAL
 from service.core.quotas import Quotas
@@ -173,7 +173,7 @@ def test_upload_beyond_the_stored_bytes_is_refused_before_it_is_stored(tmp_path:
 
     def ingest(count: int) -> None:
         rows = [json.dumps(row | {"messages": [{"role": "user", "content": f"{n}" * 300}, row["messages"][1]]}) for n in range(count)]
-        datasets.ingest(PRINCIPAL, Upload(io.BytesIO("\n".join(rows).encode()), "rows.jsonl", "rows", options=NO_SPLIT))
+        datasets.ingestion.ingest(PRINCIPAL, Upload("rows.jsonl", "rows", stream=io.BytesIO("\n".join(rows).encode()), options=NO_SPLIT))
 
     with pytest.raises(
         QuotaExceeded, match=r"max_stored_bytes of tenant 'local' is 1000, and 0 bytes are stored, and this would add 1\d\d\d"

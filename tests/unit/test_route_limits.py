@@ -39,6 +39,9 @@ DECLARED_LIMITS = {
     "GET /internal/orphans": (55, MIB),
     "GET /storage": (55, MIB),
     "POST /datasets": (None, None),  # the setting max_upload_bytes
+    "POST /datasets/check": (None, None),
+    "POST /datasets/{processed_dataset_id}/token_lengths": (None, MIB),
+    "PUT /datasets/uploads/{token}": (None, None),
     "POST /internal/cleanup": (55, MIB),
     "POST /internal/jobs/{job_id}/attempts/{attempt}/claim": (4, 4 * MIB),
     "POST /internal/jobs/{job_id}/attempts/{attempt}/events": (4, 4 * MIB),

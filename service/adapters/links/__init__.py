@@ -7,7 +7,7 @@ from pkgutil import resolve_name
 from urllib.parse import quote
 
 from service.core.errors import InvalidRequest
-from service.core.ports import UrlSigner
+from service.core.ports import SignedUpload, UrlSigner
 from service.core.tokens import TokenSigner
 from storage import ObjectStore
 
@@ -21,7 +21,7 @@ URL_SIGNERS = {
 
 
 class ServiceUrlSigner:
-    """Signs `/files/{token}`, which this service serves. The token names the object and the expiry."""
+    """Signs `/files/{token}` and `/datasets/uploads/{token}`, which this service serves. The token names the object and the expiry."""
 
     def __init__(self, tokens: TokenSigner) -> None:
         self._tokens = tokens
@@ -29,13 +29,16 @@ class ServiceUrlSigner:
     def sign_url(self, key: str, filename: str, expires_s: int) -> str:
         return f"/files/{self._tokens.sign_file_token(key, filename, expires_s)}"
 
+    def sign_upload(self, key: str, size_bytes: int, expires_s: int) -> SignedUpload:
+        return SignedUpload(f"/datasets/uploads/{self._tokens.sign_upload_token(key, size_bytes, expires_s)}", {})
 
-def create_url_signer(models: ObjectStore, tokens: TokenSigner, *, iam_emulator_host: str | None = None) -> UrlSigner:
-    """The signer for a model store: the store's own, or this service for a folder on its disk."""
-    scheme = models.url.partition("://")[0]
+
+def create_url_signer(objects: ObjectStore, tokens: TokenSigner, *, iam_emulator_host: str | None = None) -> UrlSigner:
+    """The signer for a store: the store's own, or this service for a folder on its disk."""
+    scheme = objects.url.partition("://")[0]
     if scheme not in URL_SIGNERS:
         return ServiceUrlSigner(tokens)
-    return resolve_name(URL_SIGNERS[scheme])(models, emulator_host=iam_emulator_host)
+    return resolve_name(URL_SIGNERS[scheme])(objects, emulator_host=iam_emulator_host)
 
 
 def content_disposition(filename: str) -> str:

@@ -22,6 +22,7 @@ from google.auth.transport.requests import Request
 
 from service.adapters.links import check_expiry, content_disposition
 from service.core.errors import Unavailable
+from service.core.ports import SignedUpload
 from storage import StorageError
 from storage.deadline import deadline
 from storage.gs import GcsStore, create_deadline_session
@@ -47,6 +48,25 @@ class CloudStorageUrlSigner:
         self._signer: Signing | None = None
 
     def sign_url(self, key: str, filename: str, expires_s: int) -> str:
+        return self._sign(key, expires_s, response_disposition=content_disposition(filename))
+
+    def sign_upload(self, key: str, size_bytes: int, expires_s: int) -> SignedUpload:
+        headers = {"x-goog-content-length-range": f"0,{size_bytes}"}
+        return SignedUpload(self._sign(key, expires_s, method="PUT", headers=headers), headers)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+    def _sign(
+        self,
+        key: str,
+        expires_s: int,
+        *,
+        method: str = "GET",
+        headers: dict[str, str] | None = None,
+        response_disposition: str | None = None,
+    ) -> str:
         lifetime = timedelta(seconds=check_expiry(expires_s))
         with deadline(SIGN_TIMEOUT_S):
             try:
@@ -54,17 +74,14 @@ class CloudStorageUrlSigner:
                     self._store.blob(key).generate_signed_url(
                         version="v4",
                         expiration=lifetime,
-                        method="GET",
-                        response_disposition=content_disposition(filename),
+                        method=method,
+                        headers=headers,
+                        response_disposition=response_disposition,
                         credentials=self._get_signer(),
                     )
                 )
             except (StorageError, requests.RequestException, GoogleAuthError) as error:
                 raise Unavailable(f"links cannot be signed now: {error}") from error
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._session.close()
 
     def _get_signer(self) -> Signing:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from service.adapters.links import check_expiry, content_disposition
 from service.core.errors import Unavailable
+from service.core.ports import SignedUpload
 from storage import StoreUnavailable
 from storage.s3 import S3Store
 
@@ -18,3 +19,10 @@ class S3UrlSigner:
             return self._store.presign_url(key, content_disposition(filename), check_expiry(expires_s))
         except StoreUnavailable as error:
             raise Unavailable(str(error), hint="set the credentials of the service") from error
+
+    def sign_upload(self, key: str, size_bytes: int, expires_s: int) -> SignedUpload:
+        try:
+            url = self._store.presign_upload(key, size_bytes, check_expiry(expires_s))
+        except StoreUnavailable as error:
+            raise Unavailable(str(error), hint="set the credentials of the service") from error
+        return SignedUpload(url, {"Content-Length": str(size_bytes)})

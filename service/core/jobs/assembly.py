@@ -10,6 +10,7 @@ from service.core.jobs.control import JobControl
 from service.core.jobs.credentials import DeploymentCredentials
 from service.core.jobs.deletion import Deletion
 from service.core.jobs.export import Exports
+from service.core.jobs.ingestions import Ingestions
 from service.core.jobs.launch import AttemptStarter
 from service.core.jobs.metrics import JobMetrics
 from service.core.jobs.ownership import JobMarks
@@ -18,6 +19,7 @@ from service.core.jobs.queries import JobQueries
 from service.core.jobs.reconcile import Reconciliation
 from service.core.jobs.repository import JobRepository
 from service.core.jobs.retention import CheckpointRetention
+from service.core.jobs.source_rights import SourceRules
 from service.core.jobs.storage_usage import StorageQueries
 from service.core.jobs.submit import Submission
 from service.core.jobs.trackers import DeploymentTrackers
@@ -38,6 +40,7 @@ class JobServices:
     submission: Submission
     control: JobControl
     exports: Exports
+    ingestions: Ingestions
     queries: JobQueries
     metrics: JobMetrics
     deletion: Deletion
@@ -67,6 +70,7 @@ def build_job_services(
     checkpoint_retention: timedelta | None = None,
     quotas: QuotaChecks | None = None,
     egress: EgressCheck | None = None,
+    source_rules: SourceRules | None = None,
     traceparent: Callable[[], str | None] = lambda: None,
 ) -> JobServices:
     """Build the parts.
@@ -92,6 +96,7 @@ def build_job_services(
             launchers=launchers,
             budget=budget,
             models=models,
+            datasets=buckets.datasets,
             hub=hub,
             trackers=trackers,
             egress=egress or EgressCheck(),
@@ -99,6 +104,15 @@ def build_job_services(
             wake=wake,
         ),
         control=control,
+        ingestions=Ingestions(
+            repository,
+            launchers=launchers,
+            budget=budget,
+            egress=egress or EgressCheck(),
+            rules=source_rules or SourceRules(),
+            random_suffix=random_suffix,
+            wake=wake,
+        ),
         exports=Exports(repository, launchers=launchers, budget=budget, models=models, hub=hub, random_suffix=random_suffix, wake=wake),
         queries=JobQueries(repository, launchers=launchers, budget=budget, models=models, url_signer=url_signer, wake=wake),
         metrics=JobMetrics(repository),

@@ -10,6 +10,7 @@ from service.core import lifecycle
 from service.core.errors import Forbidden
 from service.core.jobs.budget import Budget
 from service.core.jobs.credentials import find_attempt_access
+from service.core.jobs.ingestions import delete_used_upload, publish_dataset
 from service.core.jobs.manifest import write_manifest
 from service.core.jobs.reported import check_batch, check_result
 from service.core.jobs.repository import JobRepository
@@ -91,12 +92,21 @@ class Attempts:
 
     def apply_result(self, job_id: str, result: Result) -> Job:
         """Apply a result that an attempt sent or left in the bucket. Raises Fenced, InvalidRequest, NotFound."""
-        result = self.check_result(job_id, result)
+        result = self._publish_dataset(job_id, self.check_result(job_id, result))
         job = self._repository.change(job_id, lambda job, now: lifecycle.apply_result(job, result, now))
         if job.status.is_final:
             self._repository.destroy_secrets(job)
+        delete_used_upload(job, self._buckets.datasets)
         self._wake(job_id)
         return write_manifest(self._repository, self._models, job)
+
+    def _publish_dataset(self, job_id: str, result: Result) -> Result:
+        """Before the job is complete: write the record of the dataset that the attempt has made. A late result changes nothing."""
+        job = self._repository.get(job_id)
+        if result.ingested is None or job.attempts[result.attempt - 1].ended_at is not None:
+            return result
+        lifecycle.check_current(job, result.attempt)
+        return publish_dataset(self._repository, job, result, self._buckets.datasets)
 
     def check_result(self, job_id: str, result: Result) -> Result:
         """The result, if its owner made it and it publishes only what is the attempt's. Raises Fenced, InvalidRequest, NotFound."""

@@ -8,10 +8,12 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.events import ArtifactUploaded, Event, EventBatch, ReportedEvent, StatusChanged, TrackerStarted
 from schema.job import Artifact, ArtifactFile, HubPush, Job
 from schema.result import Result
 from schema.spec import artifact_key
+from schema.training import IngestConfig
 from service.core.errors import InvalidRequest
 
 ARTIFACT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -35,7 +37,31 @@ def check_result(job: Job, result: Result, models_url: str) -> Result:
         _check_tracker_url(job, url, models_url, f"tracker_urls.{tracker}")
     if result.wandb_url is not None:
         _check_web_url(result.wandb_url, "wandb_url")
+    _check_ingested(job, result)
     return result.model_copy(update={"artifacts": artifacts})
+
+
+def _check_ingested(job: Job, result: Result) -> None:
+    """A completed ingestion says what it kept; no other result does. The files' keys are computed from their names."""
+    ingested, makes_dataset = result.ingested, isinstance(job.training_config, IngestConfig)
+    if (ingested is not None) != (makes_dataset and result.outcome == "completed"):
+        raise InvalidRequest("rows are reported by a completed ingestion, and by nothing else", param="ingested")
+    if ingested is None:
+        return
+    rows = ingested.outcome.rows
+    if rows is None or TRAIN_SPLIT not in rows.splits or not rows.splits.keys() <= {TRAIN_SPLIT, EVAL_SPLIT}:
+        raise InvalidRequest(f"a dataset has the split {TRAIN_SPLIT}, and may have {EVAL_SPLIT}", param="ingested.outcome.rows")
+    for name, split in rows.splits.items():
+        param = f"ingested.outcome.rows.splits.{name}"
+        files = [split.file] if (index := getattr(split, "index_file", None)) is None else [split.file, index]
+        if not all(ARTIFACT_NAME.fullmatch(file) for file in files):
+            raise InvalidRequest("a file's name has letters, digits, '.', '_' and '-' only", param=f"{param}.file")
+        if split.rows < 1 or split.size_bytes < 0:
+            raise InvalidRequest("a split has rows, and a size of 0 bytes or more", param=f"{param}.rows")
+        if not SHA256.fullmatch(split.sha256):
+            raise InvalidRequest("a SHA-256 is 64 hexadecimal digits", param=f"{param}.sha256")
+    if len(ingested.source) > MAX_URL_CHARACTERS or UNPRINTABLE.search(ingested.source):
+        raise InvalidRequest("a source is one line of printable characters", param="ingested.source")
 
 
 def check_batch(job: Job, number: int, batch: EventBatch, models_url: str) -> EventBatch:

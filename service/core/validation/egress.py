@@ -44,6 +44,11 @@ class EgressCheck:
                     self._check_url(path, url)
         problems.raise_found()
 
+    def check_url(self, path: str, url: str) -> None:
+        """Raise InvalidRequest when a URL of that field of a request may not be connected to. Takes RESOLVE_TIMEOUT_S at most."""
+        with deadline(RESOLVE_TIMEOUT_S):
+            self._check_url(path, url)
+
     def _check_url(self, path: str, url: str) -> None:
         try:
             target = parse_url(url)

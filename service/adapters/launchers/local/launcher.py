@@ -20,6 +20,7 @@ from typing import Self
 import psutil
 
 from schema.capabilities import EnvironmentManifest
+from schema.training import IngestConfig
 from service.adapters.launchers import LauncherDeployment
 from service.adapters.launchers.local.attempt_limits import AttemptLimits, AttemptWatcher, default_memory_limit
 from service.adapters.launchers.local.device import detect_profile
@@ -36,7 +37,8 @@ STOP_GRACE_S = 10.0  # to finish a step and save a checkpoint, as on Cloud Run
 
 
 class LocalLauncher:
-    """Child processes of `python -m jobs.run`, at most `max_concurrent_jobs` at a time. Handles are `pid@start time`."""
+    """Child processes of `python -m jobs.run`, at most `max_concurrent_jobs` at a time, besides `max_concurrent_ingestions` that make
+    datasets. Handles are `pid@start time`."""
 
     name = "local"
     polling_is_free = True
@@ -50,6 +52,7 @@ class LocalLauncher:
         source: Path,
         service_url: str,
         max_concurrent_jobs: int,
+        max_concurrent_ingestions: int = 1,
         variables: Mapping[str, str],
         time_limit_s: int | None = None,
         attempt_limits: AttemptLimits | None = None,
@@ -60,6 +63,7 @@ class LocalLauncher:
         self._source = source
         self._service_url = service_url
         self._max_concurrent_jobs = max_concurrent_jobs
+        self._max_concurrent_ingestions = max_concurrent_ingestions
         self._inherited_variables = dict(variables)
         self._time_limit_s = time_limit_s
         self._children: dict[str, subprocess.Popen[bytes]] = {}
@@ -78,6 +82,7 @@ class LocalLauncher:
             source=SOURCE_ROOT,
             service_url=deployment.service_url,
             max_concurrent_jobs=settings.max_concurrent_jobs,
+            max_concurrent_ingestions=settings.max_concurrent_ingestions,
             variables=deployment.variables,
             time_limit_s=settings.time_limit_s,
             attempt_limits=AttemptLimits(
@@ -144,7 +149,7 @@ class LocalLauncher:
     def count_free_slots(self, active_jobs: int) -> int:  # noqa: ARG002
         """Counts the processes: one that is ending still uses memory."""
         self._reap()
-        return self._max_concurrent_jobs - len(self._running_attempts())
+        return self._max_concurrent_jobs - sum(not self._is_ingestion(process) for process in self._running_attempts())
 
     def ping(self) -> None:
         self._environments.list_installed()
@@ -172,6 +177,14 @@ class LocalLauncher:
 
     def count_attempts(self) -> int:
         return len(self._running_attempts())
+
+    # --- SlotReserver ------------------------------------------------------------------------------------------------
+
+    reserved_environments = (IngestConfig.environment,)
+
+    def count_free_reserved_slots(self, environment: str) -> int:  # noqa: ARG002  # there is one
+        self._reap()
+        return self._max_concurrent_ingestions - sum(map(self._is_ingestion, self._running_attempts()))
 
     # --- ExitReasonReader --------------------------------------------------------------------------------------------
 
@@ -254,6 +267,13 @@ class LocalLauncher:
         name = _attempt_name(process)
         try:
             return name is not None and process.environ().get("JOB_WORKDIR") == str(self._folder / name)
+        except psutil.Error:
+            return False
+
+    def _is_ingestion(self, process: psutil.Process) -> bool:
+        """Whether an attempt makes a dataset, which the Python in its command line tells."""
+        try:
+            return process.cmdline()[:1] == [str(self._environments.python_of(IngestConfig.environment))]
         except psutil.Error:
             return False
 

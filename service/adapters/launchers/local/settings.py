@@ -16,6 +16,9 @@ class LocalSettings(BaseSettings):
     max_concurrent_jobs: int = Field(
         1, ge=1, le=1000, description="Maximum number of attempts that run at the same time; other jobs wait in the queue."
     )
+    max_concurrent_ingestions: int = Field(
+        1, ge=1, le=100, description="Maximum number of attempts besides these that make datasets: they do not wait behind a training."
+    )
     time_limit_s: int | None = Field(
         None,
         ge=10,
