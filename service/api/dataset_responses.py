@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from schema.dataset import Dataset, DatasetStatus
-from schema.ingestion import DatasetReport, Detected, IngestOutcome, RowProblem
+from schema.ingestion import DatasetReport, Detected, IngestOutcome, InputProblem, RowProblem
 from schema.job import Failure, Progress, Status
 from schema.types import Phase
 from service.core.jobs.queries import JobView
@@ -71,12 +71,14 @@ class RowPageResponse(BaseModel):
 class CheckResponse(BaseModel):
     """What is known of a file that was checked and not kept."""
 
+    refused: InputProblem | None  # what is wrong with the rows together; null: nothing
     detected: Detected | None
     rows_read: int
     valid_rows: int
     problem_count: int  # rows that are not valid
     problem_counts: dict[str, int]  # the same by kind of problem
     problems: list[RowProblem]  # the first 1,000
+    stopped_early: bool  # after 100,000 rows that are not valid; what follows was not read
     splits: dict[str, int]  # rows of each split that an upload would make
     samples: list[Any]  # the first rows as they would be stored
     report: DatasetReport | None
@@ -159,12 +161,14 @@ def dataset_detail(
 def check_response(outcome: IngestOutcome) -> CheckResponse:
     """What was found in a file, as the API shows it."""
     return CheckResponse(
+        refused=outcome.refused,
         detected=outcome.detected,
         rows_read=outcome.rows_read,
         valid_rows=outcome.rows_read - outcome.problem_count,
         problem_count=outcome.problem_count,
         problem_counts=outcome.problem_counts,
         problems=list(outcome.problems),
+        stopped_early=outcome.stopped_early,
         splits={name: split.rows for name, split in outcome.rows.splits.items()} if outcome.rows else {},
         samples=list(outcome.samples),
         report=outcome.report,
