@@ -13,7 +13,7 @@ from schema.job_migrations import place_job
 from schema.json_limits import JsonObject
 from schema.migrations import Migration, VersionedRecord
 from schema.placement import Placement
-from schema.training import IngestConfig, JobConfig
+from schema.training import JobConfig
 from schema.training.resolved import ResolvedValue
 from schema.types import ArtifactKind
 
@@ -305,11 +305,6 @@ class Job(VersionedRecord):
     def dataset_ids(self) -> tuple[str, ...]:
         """The datasets that the job trains on."""
         return tuple(share.processed_dataset_id for share in self.datasets) or (self.processed_dataset_id,)
-
-    @property
-    def makes_dataset(self) -> bool:
-        """The job reads a source and trains nothing; `processed_dataset_id` is the dataset that it makes."""
-        return isinstance(self.training_config, IngestConfig)
 
     @property
     def attempt(self) -> Attempt | None:

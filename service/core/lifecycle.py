@@ -194,11 +194,10 @@ def mark_lost(
     if reason is not None:
         return _end(job, number, "preempted" if preempted else "lost" if reason.code in CONTINUABLE_FAILURES else "failed", reason, now)
     ending = "before a process claimed it" if attempt.claimed_by is None else "without writing a result"
-    remedy = job.training_config.out_of_memory_hint if job.makes_dataset else "try a smaller batch_size or max_seq_length"
     failure = Failure(
         code="lost",
         message=f"attempt {number} ended {ending}; it was probably killed",
-        hint=f"see GET /jobs/{{id}}/logs; a process that ran out of memory ends like this: {remedy}",
+        hint=f"see GET /jobs/{{id}}/logs; a process that ran out of memory ends like this: {job.training_config.out_of_memory_hint}",
         attempt=number,
     )
     return _end(job, number, "lost", failure, now)
