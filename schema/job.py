@@ -14,6 +14,7 @@ from schema.json_limits import JsonObject
 from schema.migrations import Migration, VersionedRecord
 from schema.placement import Placement
 from schema.training import JobConfig
+from schema.training.resolved import ResolvedValue
 from schema.types import ArtifactKind
 
 
@@ -271,6 +272,7 @@ class Job(VersionedRecord):
     export_of: ExportSource | None = None  # if set, nothing is trained and this checkpoint is exported
     earlier_model: EarlierModel | None = None  # if set, the training starts from it, and the config's base is its original base
     cloned_from: Id | None = None  # the job whose request this one repeats, possibly with changes
+    resolved: tuple[ResolvedValue, ...] = ()  # what was chosen where the request said "auto"
     max_gpu_seconds: float | None = None  # the job is paused before its attempts have used more
     max_cost_usd: float | None = None  # likewise
     pause_reason: PauseReason | None = None  # of the latest pause

@@ -27,6 +27,8 @@ def _check_hardware(value: object) -> object:
     return names if isinstance(value, list) else value
 
 
+AUTO_HARDWARE = "auto"  # in a request to train: every profile where the job fits, the cheapest first
+
 # What a request asks for: one profile, or several in order of preference. A profile stands alone where only one launcher has one of
 # that name, else after its launcher.
 Hardware = Annotated[str | list[str], BeforeValidator(_check_hardware)]

@@ -137,7 +137,8 @@ class TrainRequest(Strict):
     hardware: Hardware | None = Field(
         None,
         description="A hardware profile of this deployment, such as `l4`, or `cloud-run/l4` where several launchers have one of that name; "
-        "or a list of them: the first that has room takes the job. `GET /capabilities` lists them. Default: the deployment's first.",
+        "or a list of them: the first that has room takes the job. `auto`: those where the job fits, the cheapest first. "
+        "`GET /capabilities` lists them. Default: the deployment's first.",
     )
     max_gpu_seconds: MaxGpuSeconds = None
     max_cost_usd: MaxCostUsd = None

@@ -5,8 +5,7 @@ before the model is loaded; `oom.py` corrects them when memory runs out all the 
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from jobs.llm.experts import find_setting_problem
@@ -15,82 +14,47 @@ from jobs.llm.hardware import DeviceConfig
 from jobs.llm.memory_plan import MemoryPlan
 from jobs.llm.training_context import TrainingContext, TrainingTask
 from jobs.runtime.batch_config import BatchConfig
-from schema.estimate.llm_memory import (
-    LongestRows,
-    TrainingShape,
-    estimate_training_memory,
-    find_token_budget,
-    usable_memory_bytes,
-)
+from schema.estimate.llm_memory import TrainingShape, usable_memory_bytes
+from schema.estimate.llm_plan import PassPlan, TrainingNeeds, plan_passes
 from schema.estimate.llm_shapes import ModelShape, read_model_shape
 
-# With fewer tokens in a forward pass a GPU waits for the launches of kernels: a step of Gemma 1B is about 8,000 launches of some 10 µs,
-# in which an H200 could compute this many tokens. Calculated, not measured.
-MIN_BUSY_TOKENS = 4096
-# With more, attention between tokens of different rows, which is computed and masked, takes longer than the launches. As above.
-MAX_PASS_TOKENS = 8192
 
-
-@dataclass(frozen=True)
-class MemoryNeeds:
-    """What the memory of a training depends on."""
-
-    model: ModelShape
-    training: TrainingShape  # with the batch of the request
-    rows: LongestRows
-
-    def with_batch(self, batch_config: BatchConfig) -> TrainingShape:
-        """The training with its largest batch of that size."""
-        return replace(
-            self.training,
-            batch_size=batch_config.batch_size,
-            gradient_accumulation_steps=batch_config.gradient_accumulation_steps,
-            batch=self.rows.largest_batch(batch_config.batch_size),
-        )
-
-
-def plan_memory(task: TrainingTask, training: TrainingContext, max_world_size: int) -> tuple[MemoryNeeds, MemoryPlan]:
+def plan_memory(task: TrainingTask, training: TrainingContext, max_world_size: int) -> tuple[TrainingNeeds, MemoryPlan]:
     """Choose what the request leaves to the job, for at most `max_world_size` processes. Also returns what the choice was based on."""
     context, hyperparameters = training.context, training.config.hyperparameters
     needs = read_memory_needs(task, training)
     free_bytes = measure_free_bytes(training.device_config)
-    available_bytes = usable_memory_bytes(free_bytes)
-    batch_config, requested = _requested_batch_config(training), hyperparameters.gradient_checkpointing
-    chooses_batch = getattr(hyperparameters, "micro_batches", "fixed") == "auto"  # only SFT has the field
-    if chooses_batch and needs.rows.concatenated:
-        plan, budget = _plan_token_budget(needs, batch_config, requested, available_bytes, max_world_size)
-        step = f"{batch_config.effective_batch_size} rows of an optimizer step"
-        reason = f"a forward pass may have {budget:,} tokens, and the {step} have at most {sum(needs.rows.tokens):,}"
-        context.log_decision("batch_size", str(plan.batch_config.batch_size), reason)
+    requested = hyperparameters.gradient_checkpointing
+    plan = plan_passes(
+        needs,
+        usable_memory_bytes(free_bytes),
+        chooses_batch=getattr(hyperparameters, "micro_batches", "fixed") == "auto",  # only SFT has the field
+        gradient_checkpointing=requested,
+        max_world_size=max_world_size,
+    )
+    if plan.token_budget is not None:
+        step = f"{needs.effective_batch_size} rows of an optimizer step"
+        reason = f"a forward pass may have {plan.token_budget:,} tokens, and the {step} have at most {sum(needs.rows.tokens):,}"
+        context.log_decision("batch_size", str(plan.batch_size), reason)
         checkpointing_reason = "chosen with the rows of a forward pass, which need memory too"
     else:
-        plain_bytes = estimate_training_memory(needs.model, needs.with_batch(batch_config)).peak
-        plan = MemoryPlan(batch_config, plain_bytes >= available_bytes if requested is None else requested)
+        plain_bytes = needs.estimate(PassPlan(plan.batch_size, plan.gradient_accumulation_steps, gradient_checkpointing=False)).peak
         checkpointing_reason = f"training without it needs about {plain_bytes / 1e9:.1f} GB, and {free_bytes / 1e9:.1f} GB are free"
     reason = checkpointing_reason if requested is None else "set in the request"
     context.log_decision("gradient_checkpointing", str(plan.gradient_checkpointing).lower(), reason)
     _log_estimate(training, needs, plan)
-    return needs, plan
+    return needs, MemoryPlan(BatchConfig(plan.batch_size, plan.gradient_accumulation_steps), plan.gradient_checkpointing)
 
 
-def choose_rows_per_pass(longest_tokens: Sequence[int], effective_batch_size: int, max_world_size: int, token_budget: int) -> int:
-    """The most rows of a forward pass with which any rows fit the budget, and the processes share an optimizer step evenly.
-
-    `longest_tokens` are the tokens of the longest rows, descending. Every forward pass of a training has the same number of rows, so that
-    the steps, their shares of several processes and their continuation are those of any other batch size. At least 1.
-    """
-    world_size = max(count for count in range(1, max_world_size + 1) if effective_batch_size % count == 0)
-    share = effective_batch_size // world_size
-    fitting = (rows for rows in range(1, share + 1) if share % rows == 0 and sum(longest_tokens[:rows]) <= token_budget)
-    return max(fitting, default=1)
-
-
-def read_memory_needs(task: TrainingTask, training: TrainingContext) -> MemoryNeeds:
+def read_memory_needs(task: TrainingTask, training: TrainingContext) -> TrainingNeeds:
     """The sizes of the base, the settings and the longest rows."""
-    batch_config = _requested_batch_config(training)
-    rows = task.find_longest_rows(batch_config.effective_batch_size)
-    needs = MemoryNeeds(read_base_shape(training.base_folder), get_training_shape(training), rows)
-    return replace(needs, training=replace(needs.with_batch(batch_config), keeps_logits=rows.keeps_logits))
+    shape = get_training_shape(training)
+    rows = task.find_longest_rows(shape.batch_size * shape.gradient_accumulation_steps)
+    return TrainingNeeds(
+        read_base_shape(training.base_folder),
+        replace(shape, batch=rows.largest_batch(shape.batch_size), keeps_logits=rows.keeps_logits),
+        rows,
+    )
 
 
 def read_base_shape(base_folder: Path) -> ModelShape:
@@ -128,30 +92,8 @@ def measure_free_bytes(device_config: DeviceConfig) -> float:
     return torch.cuda.mem_get_info()[0] if device_config.on_gpu else psutil.virtual_memory().available
 
 
-def _requested_batch_config(training: TrainingContext) -> BatchConfig:
-    hyperparameters = training.config.hyperparameters
-    return BatchConfig(hyperparameters.batch_size, hyperparameters.accumulation_steps)
-
-
-def _plan_token_budget(
-    needs: MemoryNeeds, requested: BatchConfig, gradient_checkpointing: bool | None, available_bytes: float, max_world_size: int
-) -> tuple[MemoryPlan, int]:
-    """The plan and its token budget. Recomputing costs a third of the speed; it is chosen where the GPU would be idle without it."""
-    choices = (False, True) if gradient_checkpointing is None else (gradient_checkpointing,)
-    enough = max(needs.rows.tokens[0], min(MIN_BUSY_TOKENS, sum(needs.rows.tokens)))
-    checkpointing, budget = False, 0
-    for checkpointing in choices:
-        budget = find_token_budget(needs.model, needs.training, available_bytes, gradient_checkpointing=checkpointing)
-        if budget >= enough:
-            break
-    budget = min(budget, MAX_PASS_TOKENS)
-    size = choose_rows_per_pass(needs.rows.tokens, requested.effective_batch_size, max_world_size, budget)
-    return MemoryPlan(BatchConfig(size, requested.effective_batch_size // size), checkpointing), budget
-
-
-def _log_estimate(training: TrainingContext, needs: MemoryNeeds, plan: MemoryPlan) -> None:
-    shape = needs.with_batch(plan.batch_config)
-    memory = estimate_training_memory(needs.model, shape, gradient_checkpointing=plan.gradient_checkpointing)
+def _log_estimate(training: TrainingContext, needs: TrainingNeeds, plan: PassPlan) -> None:
+    memory = needs.estimate(plan)
     parts = {
         "weights": memory.weights,
         "optimizer": memory.optimizer_state,
@@ -160,7 +102,7 @@ def _log_estimate(training: TrainingContext, needs: MemoryNeeds, plan: MemoryPla
         "loss head": memory.head,
         "backward pass": memory.backward,
     }
-    batch = shape.largest_batch
+    batch = needs.rows.largest_batch(plan.batch_size)
     reason = "an estimate: " + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in parts.items())
     reason += f"; the largest batch has {batch.sequences} sequences of {batch.sequence_tokens} tokens"
     training.context.log_decision("training_memory", f"{memory.peak / 1e6:.0f} MB", reason)

@@ -150,7 +150,9 @@ def _train_with_oom_retry(task: TrainingTask, training: TrainingContext, export_
         control = _make_training_control(task, training, state, total_steps)
         control.background_check = export_check
         world_size = resolve_world_size(training, plan.batch_config, task.examples_per_epoch, slots)
-        sharded = resolve_sharding(training, needs.with_batch(plan.batch_config), world_size)
+        sharded = resolve_sharding(
+            training, needs.with_batch(plan.batch_config.batch_size, plan.batch_config.gradient_accumulation_steps), world_size
+        )
         try:
             return _train_attempt(task, training, checkpoint, control, replace(slots, max_world_size=world_size, sharded=sharded))
         except (RuntimeError, MemoryError) as error:

@@ -5,6 +5,9 @@ A price that is not known has no entry; it is never guessed. `docs/costs.md` exp
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
+
+from schema.estimate.ranges import Range
 
 SECONDS_PER_HOUR = 3600
 
@@ -31,6 +34,19 @@ class Price:
 def find_price(launcher: str, profile: str) -> Price | None:
     """The price of a launcher's profile; None if it is not known."""
     return PRICES.get((launcher, profile))
+
+
+def bill_usd(price: Price, seconds: float) -> float:
+    """What compute of that time costs, rounded and at least as billed; 0 for no time."""
+    if seconds <= 0:
+        return 0.0
+    billed = ceil(seconds / price.billing_step_s) * price.billing_step_s if price.billing_step_s else seconds
+    return max(billed, price.min_billed_s) * price.usd_per_hour / SECONDS_PER_HOUR
+
+
+def estimate_usd(price: Price, seconds: Range) -> Range:
+    """The price of a job that takes so long."""
+    return Range(bill_usd(price, seconds.low), bill_usd(price, seconds.high))
 
 
 def _sum_cloud_run_usd_per_hour(vcpus: int, memory_gib: int, gpu_usd_per_hour: float = 0.0) -> float:

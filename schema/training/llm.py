@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from schema.base import field_error
+from schema.training.auto import AUTO
 from schema.training.base import ArtifactKindInfo, BaseTrainingConfig, TrainingSummary
 from schema.training.llm_evaluation import EvalConfig
 from schema.training.llm_export import ExportConfig, ExportFormat
@@ -261,7 +262,7 @@ class GrpoConfig(LlmTrainingConfig):
     @model_validator(mode="after")
     def _check_completion_length(self) -> Self:
         completion, sequence = self.hyperparameters.max_completion_length, self.hyperparameters.max_seq_length
-        if completion >= sequence:
+        if completion >= sequence != AUTO:
             reason = f"max_completion_length {completion} leaves no room for a prompt in max_seq_length {sequence}"
             raise field_error("hyperparameters.max_completion_length", reason)
         return self

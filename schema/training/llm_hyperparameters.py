@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from schema.base import field_error
+from schema.training.auto import AUTO, AcceptsAuto
 from schema.training.base import BaseHyperparameters
 from schema.training.llm_optimization import (
     LoraInit,
@@ -17,6 +18,12 @@ from schema.training.llm_optimization import (
 
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,128}$")]
 
+# Numbers that the service may choose. The bounds stand before the marker, because "auto" is none of the numbers.
+BatchSize = Annotated[int, Field(ge=1, le=1024), AcceptsAuto()]
+KtoBatchSize = Annotated[int, Field(ge=2, le=1024), AcceptsAuto()]
+AccumulationSteps = Annotated[int, Field(ge=1, le=4096), AcceptsAuto()]
+SequenceLength = Annotated[int, Field(ge=8, le=131_072), AcceptsAuto()]
+
 LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_init", "use_dora", "use_rslora", "target_modules")
 
 
@@ -26,15 +33,21 @@ class Hyperparameters(BaseHyperparameters):
     learning_rate: float | None = Field(
         None, gt=0, le=1, description="Peak learning rate. Default: depends on the trainer type and method; the job shows it."
     )
-    batch_size: int = Field(2, ge=1, le=1024, description="Sequences per device and forward pass.")
-    gradient_accumulation_steps: int = Field(4, ge=1, le=4096, description="Forward passes per optimizer step.")
+    batch_size: BatchSize = Field(2, description="Sequences per device and forward pass. `auto`: as many as fit into memory.")
+    gradient_accumulation_steps: AccumulationSteps = Field(
+        4, description="Forward passes per optimizer step. `auto`: as many as make an optimizer step of 16 rows, or of fewer with few rows."
+    )
     epochs: int = Field(3, ge=1, le=1000, description="Passes over the training rows; unused when max_steps is set.")
     max_steps: int = Field(-1, ge=-1, le=10_000_000, description="Optimizer steps; -1: train for `epochs`.")
     packing: bool = Field(
         False, description="Pack several rows into one sequence (best fit, no attention between rows). Only trainer type sft with text."
     )
     use_fa2: bool = Field(False, description="FlashAttention 2; needs an Ampere or newer GPU.")
-    max_seq_length: int = Field(1024, ge=8, le=131_072, description="Tokens per sequence; longer rows are truncated and counted.")
+    max_seq_length: SequenceLength = Field(
+        1024,
+        description="Tokens per sequence; longer rows are truncated and counted. `auto`: the smallest that truncates at most one row in a "
+        "hundred.",
+    )
     lr_scheduler_type: Schedule = Field("linear", description="The learning rate schedule after warm-up.")
     lr_scheduler_kwargs: dict[str, float] = Field(
         {},
@@ -142,7 +155,8 @@ class SftHyperparameters(Hyperparameters):
     @model_validator(mode="after")
     def _set_default_micro_batches(self) -> Self:
         if self.micro_batches is None:
-            value = "fixed" if {"batch_size", "packing"} & self.model_fields_set else "auto"
+            sent = "packing" in self.model_fields_set or ("batch_size" in self.model_fields_set and self.batch_size != AUTO)
+            value = "fixed" if sent else "auto"
             object.__setattr__(self, "micro_batches", value)  # the model is frozen
         if self.micro_batches == "auto" and self.packing:
             raise field_error("micro_batches", "micro_batches 'auto' is for rows that are not packed; use 'fixed', or set packing to false")
@@ -152,8 +166,8 @@ class SftHyperparameters(Hyperparameters):
 class DpoHyperparameters(Hyperparameters):
     """Direct preference optimization (arXiv 2305.18290)."""
 
-    batch_size: int = Field(1, ge=1, le=1024, description="Pairs per device and forward pass: each is two sequences.")
-    gradient_accumulation_steps: int = Field(8, ge=1, le=4096, description="Forward passes per optimizer step.")
+    batch_size: BatchSize = Field(1, description="Pairs per device and forward pass: each is two sequences.")
+    gradient_accumulation_steps: AccumulationSteps = Field(8, description="Forward passes per optimizer step.")
     epochs: int = Field(1, ge=1, le=1000, description="Passes over the pairs; unused when max_steps is set.")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps used for warm-up.")
     beta: float = Field(0.1, gt=0, le=10, description="How strongly the loss keeps the model close to the base model; higher is closer.")
@@ -170,8 +184,8 @@ class DpoHyperparameters(Hyperparameters):
 class OrpoHyperparameters(Hyperparameters):
     """Odds ratio preference optimization (arXiv 2403.07691): no reference model."""
 
-    batch_size: int = Field(1, ge=1, le=1024, description="Pairs per device and forward pass: each is two sequences.")
-    gradient_accumulation_steps: int = Field(8, ge=1, le=4096, description="Forward passes per optimizer step.")
+    batch_size: BatchSize = Field(1, description="Pairs per device and forward pass: each is two sequences.")
+    gradient_accumulation_steps: AccumulationSteps = Field(8, description="Forward passes per optimizer step.")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps used for warm-up.")
     beta: float = Field(0.1, gt=0, le=10, description="Weight of the odds ratio term relative to the likelihood (lambda in the paper).")
 
@@ -179,8 +193,8 @@ class OrpoHyperparameters(Hyperparameters):
 class KtoHyperparameters(Hyperparameters):
     """Kahneman-Tversky optimization (arXiv 2402.01306): thumbs up or down, no pairs."""
 
-    batch_size: int = Field(
-        4, ge=2, le=1024, description="Rows per device and forward pass; at least 2, because each row is compared with another."
+    batch_size: KtoBatchSize = Field(
+        4, description="Rows per device and forward pass; at least 2, because each row is compared with another."
     )
     epochs: int = Field(1, ge=1, le=1000, description="Passes over the rows; unused when max_steps is set.")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps used for warm-up.")
@@ -192,11 +206,9 @@ class KtoHyperparameters(Hyperparameters):
 class GrpoHyperparameters(Hyperparameters):
     """Group relative policy optimization (arXiv 2402.03300)."""
 
-    batch_size: int = Field(8, ge=1, le=1024, description="Completions per device and forward pass.")
-    gradient_accumulation_steps: int | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  # nothing assigns to it
+    batch_size: BatchSize = Field(8, description="Completions per device and forward pass.")
+    gradient_accumulation_steps: AccumulationSteps | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  # nothing assigns
         None,
-        ge=1,
-        le=4096,
         description="Forward passes per optimizer step. Default: on a GPU as many as 8 prompts need, elsewhere as few as possible.",
     )
     epochs: int = Field(1, ge=1, le=1000, description="Passes over the prompts; unused when max_steps is set.")

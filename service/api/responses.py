@@ -23,6 +23,7 @@ from schema.job import (
     Status,
 )
 from schema.placement import Placement
+from schema.training.resolved import ResolvedValue
 from schema.types import Phase
 from service.core.event_store import StoredEvent
 from service.core.jobs.checkpoints import StoredCheckpoint
@@ -107,6 +108,7 @@ class JobDetail(BaseModel):
     method: str
     # Any: the configuration as it was sent, with every default filled in and every secret removed.
     training_config: dict[str, Any]
+    resolved: list[ResolvedValue]  # what was chosen where the request said "auto", and why
     created_at: datetime
     updated_at: datetime
     started_at: datetime | None
@@ -247,6 +249,7 @@ def job_detail(view: JobView) -> JobDetail:
         trainer_type=config.trainer_type,
         method=summary.method,
         training_config=config.model_dump(mode="json"),
+        resolved=list(job.resolved),
         created_at=job.created_at,
         updated_at=job.updated_at,
         started_at=job.started_at,

@@ -3,6 +3,7 @@
 TunesmithError
 ├── InvalidRequest 400      the request is not valid as it stands
 │   ├── Unsupported 400     this deployment cannot do that
+│   │   └── DoesNotFit 400  the hardware has too little memory for it
 │   └── InvalidDataset 400  a row of the upload is not valid
 ├── NotFound 404
 ├── Conflict 409            the resource's state does not allow it
@@ -57,6 +58,10 @@ class Unsupported(InvalidRequest):
     """This deployment cannot do that."""
 
     code = "unsupported"
+
+
+class DoesNotFit(Unsupported):
+    """The hardware has too little memory for the job."""
 
 
 class InvalidDataset(InvalidRequest):

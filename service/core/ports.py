@@ -177,6 +177,7 @@ class Profile:
     compute_capability: float | None = None  # CUDA's: 8.9 for an L4
     cpus: int | None = None
     memory_bytes: int | None = None
+    has_bf16: bool | None = None  # whether a processor computes it in hardware; GPUs do
     time_limit_s: int | None = None  # of an attempt; the next attempt continues. None: no limit
 
 

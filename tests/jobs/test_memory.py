@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.llm.loss import LOGITS_CHUNK_BYTES
-from jobs.llm.memory_planner import choose_rows_per_pass, get_training_shape, read_base_shape
+from jobs.llm.memory_planner import get_training_shape, read_base_shape
 from jobs.llm.trainers.sft import SftTask, concatenates_rows
 from jobs.llm.training_context import TrainingContext, prepare_training
 from schema.estimate.llm_memory import CHUNK_BYTES
+from schema.estimate.llm_plan import choose_rows_per_pass
 from schema.training.llm_hyperparameters import SftHyperparameters
 from tests.jobs.conftest import EventRecorder, FinishedTraining, make_context, make_spec
 

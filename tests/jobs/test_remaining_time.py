@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from jobs.llm.phase_estimates import PARAMETERS_MEASURED, estimate_exports
 from jobs.runtime.remaining_time import PlannedPhase, RemainingTime
+from schema.estimate.llm_export import PARAMETERS_MEASURED, plan_export_phases
 
 
 @dataclass
@@ -90,16 +90,15 @@ def test_nothing_is_known_without_plan_and_after_end(remaining: RemainingTime) -
 
 
 def test_exports_are_estimated_in_order_of_their_phases() -> None:
-    phases = estimate_exports(("adapter", "merged", "gguf"), quantization_count=2, parameters=PARAMETERS_MEASURED)
-    assert [planned.phase for planned in phases] == ["verifying", "merging", "converting", "verifying", "uploading"]
-    assert all(planned.seconds is not None and planned.seconds > 0 for planned in phases)
+    phases = plan_export_phases(("adapter", "merged", "gguf"), quantization_count=2, parameters=PARAMETERS_MEASURED)
+    assert [phase for phase, _ in phases] == ["verifying", "merging", "converting", "verifying", "uploading"]
+    assert all(seconds > 0 for _, seconds in phases)
 
 
 def test_larger_models_and_more_files_take_longer() -> None:
     def total(quantization_count: int, parameters: float) -> float:
-        phases = estimate_exports(("gguf",), quantization_count=quantization_count, parameters=parameters)
-        return sum(planned.seconds or 0.0 for planned in phases)
+        return sum(seconds for _, seconds in plan_export_phases(("gguf",), quantization_count=quantization_count, parameters=parameters))
 
     assert total(1, 1e9) > total(1, 1e8)
     assert total(3, 1e8) > total(1, 1e8)
-    assert [planned.phase for planned in estimate_exports(("adapter",), 0, 1e8)] == ["verifying", "uploading"]
+    assert [phase for phase, _ in plan_export_phases(("adapter",), 0, 1e8)] == ["verifying", "uploading"]

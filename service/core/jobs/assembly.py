@@ -96,6 +96,7 @@ def build_job_services(
             launchers=launchers,
             budget=budget,
             models=models,
+            datasets=buckets.datasets,
             hub=hub,
             trackers=trackers,
             egress=egress or EgressCheck(),

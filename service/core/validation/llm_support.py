@@ -1,10 +1,12 @@
 """Whether a language model job can run at a placement: the packages of its environment, and the hardware of its profile."""
 
 from schema.capabilities import FamilyCapabilities
-from schema.estimate.llm_memory import TrainingShape, explain_misfit
-from schema.estimate.llm_models import find_known_shape
+from schema.estimate.llm_export import estimate_export_memory, explain_impossible_export
+from schema.estimate.llm_memory import explain_misfit
 from schema.training import LlmTrainingConfig
-from service.core.errors import Unsupported
+from service.core.dry_run.llm_facts import find_shape, make_device, make_export_plan, make_training_shape
+from service.core.errors import DoesNotFit, Unsupported
+from service.core.models.sizes import StoredBase
 from service.core.ports import Profile
 from service.core.problems import Problems
 from service.core.validation.llm_optimizers import check_optimizer
@@ -36,34 +38,37 @@ def check_support(config: LlmTrainingConfig, capabilities: FamilyCapabilities, p
         problems.add(_unsupported("hyperparameters.use_fa2", message, capabilities, profile))
     with problems.collect():
         check_optimizer(config, profile)
-    with problems.collect():
-        check_memory(config, capabilities, profile)
     problems.raise_found()
 
 
-def check_memory(config: LlmTrainingConfig, capabilities: FamilyCapabilities, profile: Profile) -> None:
-    """Raise Unsupported when the training of a known model cannot fit into the profile's memory, however small its batches are."""
+def check_memory(config: LlmTrainingConfig, capabilities: FamilyCapabilities, profile: Profile, base: StoredBase | None = None) -> None:
+    """Raise DoesNotFit when a training or its exports cannot fit into the profile's memory, however small the batches are.
+
+    Only a base whose sizes are known is checked: one that the model store has, or that is known by name.
+    """
     on_gpu = profile.device == "cuda"
-    model, memory_bytes = find_known_shape(config.base_model_id), profile.gpu_memory_bytes if on_gpu else profile.memory_bytes
-    if model is None or memory_bytes is None:
+    memory_bytes = profile.gpu_memory_bytes if on_gpu else profile.memory_bytes
+    model, _ = find_shape(config.base_model_id, base)
+    if model is None:
         return
-    hyperparameters = config.hyperparameters
-    training = TrainingShape(
-        config.trainer_type_name(),
-        config.method,
-        hyperparameters.batch_size,
-        hyperparameters.max_seq_length,
-        lora_rank=hyperparameters.lora_rank,
-        optimizer=hyperparameters.optim,
-        on_gpu=on_gpu,
-    )
+    export_plan = make_export_plan(config, model)
+    if problem := explain_impossible_export(model, export_plan):
+        raise _misfit("export_config.format", f"{config.base_model_id} cannot be exported: {problem}")
+    if memory_bytes is None:
+        return
     can_shard = config.trainer_type_name() == "sft" and config.modality == "text" and config.method != "QLoRA"
     device = f"a GPU of {profile.name}" if on_gpu else profile.name
     num_shards = max(1, profile.gpus) if can_shard else 1
     methods = list_options("method", capabilities, profile)
+    training = make_training_shape(config, make_device(profile))
     problem = explain_misfit(model, training, memory_bytes, device=device, methods=methods, num_shards=num_shards)
     if problem is not None:
-        raise _unsupported("method", f"{config.base_model_id} cannot be trained there: {problem}", capabilities, profile)
+        raise _misfit("method", f"{config.base_model_id} cannot be trained there: {problem}")
+    export = estimate_export_memory(model, export_plan, on_gpu=on_gpu)
+    for needed, available, place in ((export.device, memory_bytes, device), (export.host, profile.memory_bytes, "main memory")):
+        if available is not None and needed > available:
+            message = f"the export of {config.base_model_id} needs {needed / 1e9:.1f} GB, and {place} has {available / 1e9:.1f} GB"
+            raise _misfit("export_config.format", f"{message}; export format 'adapter' needs no memory for the whole model")
 
 
 def list_options(field: str, capabilities: FamilyCapabilities, profile: Profile) -> tuple[str, ...]:
@@ -89,3 +94,7 @@ def list_notes(capabilities: FamilyCapabilities, profile: Profile) -> dict[str, 
 def _unsupported(field: str, message: str, capabilities: FamilyCapabilities, profile: Profile) -> Unsupported:
     note = list_notes(capabilities, profile).get(field.rpartition(".")[2], "")
     return Unsupported(message, hint=note or "GET /capabilities lists what this deployment can do", param=f"training_config.{field}")
+
+
+def _misfit(field: str, message: str) -> DoesNotFit:
+    return DoesNotFit(message, param=f"training_config.{field}")

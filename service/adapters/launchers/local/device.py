@@ -20,6 +20,7 @@ def detect_profile(name: str, time_limit_s: int | None) -> Profile:
         device_name=_cpu_name(),
         cpus=psutil.cpu_count(),
         memory_bytes=psutil.virtual_memory().total,
+        has_bf16=bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"}),
         time_limit_s=time_limit_s,
     )
     gpus = _query_gpus()
@@ -57,3 +58,9 @@ def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def _cpu_flags() -> set[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set[str]())
