@@ -1,5 +1,6 @@
 """The responses about datasets."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -46,6 +47,7 @@ class DatasetDetail(DatasetView):
     phase: Phase | None  # what its job is doing
     progress: Progress | None  # of its job: a step is a row
     failure: Failure | None  # why it failed
+    problems: list[RowProblem]  # the rows for which its job has refused the source, the first 1,000
     preview: dict[str, list[Any]]
 
 
@@ -135,7 +137,9 @@ def dataset_view(dataset: Dataset) -> DatasetView:
     )
 
 
-def dataset_detail(dataset: Dataset, job: JobView | None, preview: dict[str, list[object]]) -> DatasetDetail:
+def dataset_detail(
+    dataset: Dataset, job: JobView | None, preview: dict[str, list[object]], problems: Sequence[RowProblem] = ()
+) -> DatasetDetail:
     """A dataset with its first rows. `job` makes or made it; None: there is none, or it was deleted."""
     view, heartbeat = dataset_view(dataset), job.heartbeat if job else None
     failure = job.job.failure if job else None
@@ -149,6 +153,7 @@ def dataset_detail(dataset: Dataset, job: JobView | None, preview: dict[str, lis
         phase=heartbeat.phase if heartbeat and is_running else None,
         progress=heartbeat.progress if heartbeat and is_running else None,
         failure=failure if view.status == "failed" else None,
+        problems=list(problems) if view.status == "failed" else [],
         preview=preview,
     )
 
