@@ -22,7 +22,7 @@ MAX_PAGE_MS = 50
 async def measure(context: BenchmarkContext) -> list[Measurement]:
     """Measure pages at random places, and the last one."""
     store, split = _write_split(context.folder / "objects")
-    places = random.Random(0).choices(range(ROWS), k=PAGES) + [ROWS - PAGE_ROWS]  # the same places each time
+    places = [*random.Random(0).choices(range(ROWS), k=PAGES), ROWS - PAGE_ROWS]  # the same places each time
     times_ms = sorted(_time_page(store, split, offset) for offset in places)
     note = f"{PAGES} random places of {ROWS:,} rows of {ROW_BYTES} bytes"
     return [
