@@ -17,7 +17,7 @@ def recognize(sample: Sample) -> Reading | None:
     if conversation is not None:
         context.pop("history", None)
         columns = (conversation.column,)
-        fields: dict[str, object] = {"messages": conversation.column, **name_keys(conversation.keys, conversation.roles)}
+        fields: dict[str, object] = {"messages": conversation.column, **name_keys(sample, conversation.keys, [conversation.column])}
     elif pair := find_pair(sample, allow_references=True):
         prompt, answer = pair
         columns = (*prompt.columns, answer)
