@@ -18,6 +18,7 @@ from bench.servers import ServerUnavailable
 
 BENCHMARKS = (
     "submit",
+    "dry_run",
     "listing",
     "footprint",
     "launch",

@@ -219,13 +219,13 @@ class LlmPlanner:
 
     def _describe_tokens(self, steps: StepPlan) -> PlannedTokens:
         facts, max_length = self.facts, self.config.hyperparameters.max_seq_length
-        is_counted = bool(facts.counted) and facts.train.top != ()
+        is_counted = facts.is_counted
         lengths = facts.train.truncate(max_length)
         exact = lengths.exact and self.config.trainer_type_name() == "sft" and not self.config.hyperparameters.max_steps > 0
         ask = f'POST /datasets/{{id}}/token_lengths with {{"base_model_id": "{self.config.base_model_id}"}}'
         if exact:
             note = "counted with the base's tokenizer"
-        elif facts.counted and len(facts.counted) and is_counted:
+        elif is_counted:
             note = "from lengths that the base's tokenizer counted; which rows a part of an epoch takes, or how pairs divide, is estimated"
         else:
             note = f"estimated from the characters of the rows; {ask} counts them"
