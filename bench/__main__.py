@@ -33,6 +33,7 @@ BENCHMARKS = (
     "training",
     "exports",
     "ingestion",
+    "dataset_reports",
 )
 # How servers and attempts fail. One failed benchmark must not stop the others.
 RECOVERABLE_ERRORS = (ServerUnavailable, OSError, EOFError, ValueError, RuntimeError, subprocess.SubprocessError, ExceptionGroup)

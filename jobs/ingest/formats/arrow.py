@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import BinaryIO
 
-from jobs.ingest.formats.arrow_values import BATCH_ROWS, RecordBatch, RecordReader, check_schema, iter_batch, use_system_memory
+from jobs.ingest.formats.arrow_values import RecordBatch, RecordReader, check_schema, choose_batch_rows, iter_batch, use_system_memory
 from jobs.ingest.formats.header import check_same_columns
 from jobs.ingest.formats.parquet import describe_arrow_error
 from jobs.ingest.formats.parts import Part
@@ -39,8 +39,9 @@ def _read(part: Part, columns: tuple[str, ...], first: str, limits: IngestLimits
             check_same_columns(part, check_schema(part, source.schema, limits), columns, first)
             for batch in _iter_batches(source):
                 part.meter.add_unpacked(batch.nbytes)
-                for start in range(0, batch.num_rows, BATCH_ROWS):
-                    yield from iter_batch(batch.slice(start, BATCH_ROWS), part, number + start)
+                rows = choose_batch_rows(batch.nbytes, batch.num_rows)
+                for start in range(0, batch.num_rows, rows):
+                    yield from iter_batch(batch.slice(start, rows), part, number + start)
                 number += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise _refuse(part, error) from error

@@ -27,7 +27,8 @@ RecordBatch = Any
 RecordReader = Any
 Schema = Any
 
-BATCH_ROWS = 256  # of at most 16 MiB each, if they have images; usually a few hundred kilobytes
+MAX_BATCH_ROWS = 256
+BATCH_BYTES = 16 << 20  # becomes a few times as much in Python; a single row may have 16 MiB
 EPOCH = datetime(1970, 1, 1)
 UNITS_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 IMAGE_FIELDS = {"bytes", "path"}
@@ -40,6 +41,11 @@ def use_system_memory() -> None:
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     pyarrow.set_cpu_count(1)
+
+
+def choose_batch_rows(size_bytes: int, rows: int) -> int:
+    """How many rows to convert at once, of so many bytes in all: fewer if they have images."""
+    return max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * rows // max(1, size_bytes)))
 
 
 def check_schema(part: Part, schema: Schema, limits: IngestLimits) -> tuple[str, ...]:
