@@ -67,15 +67,15 @@ class UnpackedSize:
 
 def _count_referred_bytes(column: Array) -> int:
     """How long the texts of a dictionary's column are, each as often as a row has it."""
-    import pyarrow.compute
     import pyarrow.types as kinds
 
     if not kinds.is_dictionary(column.type) or not (
         kinds.is_string(column.type.value_type) or kinds.is_large_string(column.type.value_type)
     ):
         return 0
-    lengths = pyarrow.compute.binary_length(column.dictionary).cast(pyarrow.int64())
-    return pyarrow.compute.sum(lengths.take(column.indices)).as_py() or 0
+    # Not by pyarrow.compute: it allocates addresses by the gigabyte when it is imported.
+    lengths = [len(text or "") for text in column.dictionary.to_pylist()]
+    return sum(lengths[index] for index in column.indices.to_pylist() if index is not None)
 
 
 def check_schema(part: Part, schema: Schema, limits: IngestLimits) -> tuple[str, ...]:
