@@ -14,12 +14,13 @@ from typing import BinaryIO, Literal
 
 from jobs.ingest.formats import OpenedInput, open_input
 from jobs.ingest.mapping import SAMPLE_RECORDS, RowMapper, choose_mapper
+from jobs.ingest.mapping.sample import make_printable
 from jobs.ingest.reading import PlacedRow, RowReader, parse_record, read_rows, read_rows_concurrently
 from jobs.ingest.records import InvalidInput
 from jobs.ingest.reports.build import build_report
 from jobs.ingest.rows.consistency import ConsistencyChecker
 from jobs.ingest.rows.row import Row
-from jobs.ingest.rows.values import InvalidValue, JsonObject, is_json_safe, preview
+from jobs.ingest.rows.values import InvalidValue, JsonObject, preview
 from jobs.ingest.splitting import Splitter, SplitWriter
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.ingestion import (
@@ -265,4 +266,4 @@ def _describe(opened: OpenedInput, mapper: RowMapper, sample: Sequence[JsonObjec
 def _iter_names(sample: Sequence[JsonObject]) -> Iterator[str]:
     """The names of columns, once each, as they can be shown."""
     names = dict.fromkeys(name for record in sample for name in record)
-    return (name if len(name) <= MAX_SHOWN_NAME_CHARS and is_json_safe(name) else preview(name) for name in names)
+    return (make_printable(name) if len(name) <= MAX_SHOWN_NAME_CHARS else preview(name) for name in names)
