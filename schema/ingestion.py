@@ -78,7 +78,7 @@ class RowMapping(Strict):
     role_key: ColumnName | None = Field(
         default=None,
         description="Of a message, the key of its role, such as `from`. Default: `role`. If it is given, prompts and answers are messages, "
-        "and JSON text of messages is read as such.",
+        "JSON text of messages is read as such, and names such as `human`, `gpt`, `function_call` and `observation` are known.",
     )
     content_key: ColumnName | None = Field(
         default=None, description="Of a message, the key of its content, such as `value`. Default: `content`."

@@ -102,6 +102,11 @@ def test_only_the_first_unknown_columns_are_listed() -> None:
     assert len(problem.message) < 300
 
 
+def test_example_for_unknown_columns_has_those_with_most_text() -> None:
+    row = {"n": "7", "wir sagen": "a long text", "lang": "de", "Kunde sagt": "another long text"}
+    assert extract_mappings(get_problem(row, row).hint)[0] == {"prompt": "wir sagen", "completion": "Kunde sagt"}
+
+
 def test_one_unknown_column_may_be_text() -> None:
     assert '{"text": "zeile"}' in get_problem({"zeile": "x"}).hint
 
@@ -387,6 +392,13 @@ def test_roles_of_the_file_can_be_named() -> None:
     assert convert(mapper, row) == {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     unknown = {"turns": [{"speaker": "Kunde", "said": "a"}, {"speaker": "Er", "said": "b"}]}
     assert get_field_and_reason(mapper, unknown)[0] == "turns[1].speaker"
+
+
+def test_usual_roles_are_known_where_their_key_is_named() -> None:
+    mapper = recognize({"conversations": FROM})
+    assert mapper.mapping == parse_mapping(messages="conversations", role_key="from", content_key="value")
+    with pytest.raises(InvalidValue, match="known roles"):
+        map_row({"messages": [{"role": "human", "content": "a"}]}, messages="messages")
 
 
 def test_prompt_that_is_no_part_of_its_conversations_is_refused() -> None:

@@ -11,6 +11,31 @@ from jobs.ingest.mapping.templates import to_text
 from jobs.ingest.rows.values import DECODER, InvalidValue, JsonObject, Number, as_object, describe_type
 
 TOOL_CALLS_ROLE = "tool_calls"  # in RowMapping.roles: an assistant whose content is JSON text of calls
+# Roles by the names that exports and ShareGPT's tools have, which are understood where a mapping names the key of roles.
+ROLE_SYNONYMS = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
+    "system": "system",
+    "function_call": "tool_calls",
+    "function-call": "tool_calls",
+    "tool_call": "tool_calls",
+    "tool_calls": "tool_calls",
+    "observation": "tool",
+    "function_response": "tool",
+    "function-response": "tool",
+    "tool_response": "tool",
+    "tool": "tool",
+}
 KEPT_KEYS = ("tool_calls", "tool_call_id", "name", "weight", "function_call")
 # Keys that change what a message says: a row that has them is refused by the check of its messages, not silently shortened.
 TELLING_KEYS = ("role", "content", "images", "image", "audio", "video", "videos", "thinking", "reasoning", "reasoning_content")
@@ -25,6 +50,7 @@ class MessageReader:
     """Reads lists of messages with the given keys and roles."""
 
     def __init__(self, role_key: str, content_key: str, roles: Mapping[str, str], on_unused_key: OnUnusedKey) -> None:
+        """`roles` are the names of roles that are not those of rows."""
         self._role_key = role_key
         self._content_key = content_key
         self._roles = roles
@@ -49,7 +75,7 @@ class MessageReader:
         converted: JsonObject = {}
         if self._role_key in message:
             role = message[self._role_key]
-            converted["role"] = self._roles.get(role, role) if isinstance(role, str) else role
+            converted["role"] = self._roles.get(role, self._roles.get(role.casefold(), role)) if isinstance(role, str) else role
         if self._content_key in message:
             content = message[self._content_key]
             converted["content"] = to_text(content, field, self._content_key) if isinstance(content, Number | bool) else content

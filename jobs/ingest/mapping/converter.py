@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
-from jobs.ingest.mapping.conversations import EMPTY, TOOL_CALLS_ROLE, MessageReader, parse_json, read_tools
+from jobs.ingest.mapping.conversations import EMPTY, ROLE_SYNONYMS, MessageReader, parse_json, read_tools
 from jobs.ingest.mapping.labels import read_choice, read_label
 from jobs.ingest.mapping.templates import Template, parse_template, shorten, to_text, unknown_column
 from jobs.ingest.records import InvalidInput
@@ -44,6 +44,7 @@ class RowConverter:
             if (source := cast(str | None, getattr(mapping, field)))
         }
         self._keys = (mapping.role_key or DEFAULT_KEYS[0], mapping.content_key or DEFAULT_KEYS[1])
+        self._roles = (ROLE_SYNONYMS if mapping.role_key else {}) | mapping.roles
         self._has_messages = any((mapping.messages, mapping.system, mapping.tools, mapping.history, mapping.role_key))
         self._known = {column for template in self._templates.values() for column in template.columns}
         for field, name in self._iter_named_columns():
@@ -234,7 +235,7 @@ class RowConverter:
         reader = self._readers.get(field)
         if reader is None:
             column = self._mapping_source(field)
-            reader = MessageReader(*self._keys, self._mapping.roles, lambda key: self._note_unused(f"{column}[].{key}"))
+            reader = MessageReader(*self._keys, self._roles, lambda key: self._note_unused(f"{column}[].{key}"))
             self._readers[field] = reader
         return reader.read(value, field)
 
@@ -310,7 +311,7 @@ class RowConverter:
         role_key, content_key = self._keys
         if rest == ".role":
             return f".{role_key}"
-        if rest.startswith(".tool_calls") and TOOL_CALLS_ROLE in self._mapping.roles.values():
+        if rest.startswith(".tool_calls") and role_key != DEFAULT_KEYS[0]:
             return f".{content_key}"
         return f".{content_key}{rest.removeprefix('.content')}" if rest.startswith(".content") else rest
 

@@ -14,7 +14,7 @@ from jobs.ingest.mapping.headings import (
     REJECTED,
 )
 from jobs.ingest.mapping.labels import find_choice
-from jobs.ingest.mapping.pairs import Prompt, add_input, find_context, find_conversation, find_roles, name_keys
+from jobs.ingest.mapping.pairs import Prompt, add_input, find_context, find_conversation, name_keys
 from jobs.ingest.mapping.sample import Ambiguous, MessageKeys, Reading, Sample, as_messages
 from schema.ingestion import RowMapping
 
@@ -37,7 +37,7 @@ def _read_one_rejected(sample: Sample, rejected: str) -> Reading | None:
     conversation = find_conversation(sample)
     if conversation is not None:
         context = {field: column for field, column in find_context(sample).items() if field != "history"}
-        keys = name_keys(conversation.keys, conversation.roles)
+        keys = name_keys(sample, conversation.keys, [conversation.column])
         mapping = RowMapping.model_validate({"messages": conversation.column, "rejected": rejected, **context, **keys})
         return Reading("dpo_pair", "preference", (conversation.column, rejected, *context.values()), mapping)
     answers = sample.find_texts(ANSWERS)
@@ -67,7 +67,7 @@ def _read_answers(sample: Sample, chosen: str, rejected: str, **picked: str) -> 
         return None
     fields |= context
     if keys is not None:
-        fields |= name_keys(keys, find_roles(sample, columns[0], keys), is_json_text=sample.has_json_text(columns))
+        fields |= name_keys(sample, keys, columns, is_json_text=sample.has_json_text(columns))
     return Reading("dpo_pair", "preference", (*columns, *context.values()), RowMapping.model_validate(fields))
 
 

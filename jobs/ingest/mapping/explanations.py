@@ -38,7 +38,9 @@ def explain_ambiguous(sample: Sample, readings: Sequence[Reading], doubts: Seque
 
 def explain_unknown(sample: Sample, shapes: Sequence[str]) -> InvalidInput:
     """The error for records that are in no known form."""
-    named = [name for name in sample.columns if can_be_mapped(name) and sample.is_text(name) and sample.values(name)]
+    texts = [name for name in sample.columns if can_be_mapped(name) and sample.is_text(name) and sample.values(name)]
+    longest = sorted(texts, key=lambda name: -sum(len(str(value)) for value in sample.values(name)))[:2]  # ids and dates are short
+    named = [name for name in texts if name in longest]
     if len(named) > 1:
         example = RowMapping(prompt=named[0], completion=named[1])
     else:

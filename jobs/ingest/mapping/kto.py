@@ -17,7 +17,7 @@ def recognize(sample: Sample) -> Reading | None:
     if conversation is not None:
         context.pop("history", None)
         columns = (conversation.column,)
-        fields: dict[str, object] = {"messages": conversation.column, **name_keys(conversation.keys, conversation.roles)}
+        fields: dict[str, object] = {"messages": conversation.column, **name_keys(sample, conversation.keys, [conversation.column])}
     elif pair := find_pair(sample, allow_references=True):
         prompt, answer = pair
         columns = (*prompt.columns, answer)
@@ -31,5 +31,6 @@ def recognize(sample: Sample) -> Reading | None:
 
 
 def _is_label(sample: Sample, column: str) -> bool:
+    """Whether most values are labels. The others are errors of their rows: without their labels, bad answers would be learned as good."""
     values = sample.values(column)
-    return bool(values) and all(find_label(value) is not None for value in values)
+    return 2 * sum(find_label(value) is not None for value in values) > len(values)

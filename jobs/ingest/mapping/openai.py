@@ -14,5 +14,7 @@ def recognize(sample: Sample) -> Reading | None:
 def read_conversation(shape: str, sample: Sample, conversation: Conversation) -> Reading:
     """The reading of a column of messages, with the system message and the tools that stand beside it."""
     context = {field: column for field, column in find_context(sample).items() if field != "history"}
-    mapping = RowMapping.model_validate({"messages": conversation.column, **context, **name_keys(conversation.keys, conversation.roles)})
+    mapping = RowMapping.model_validate(
+        {"messages": conversation.column, **context, **name_keys(sample, conversation.keys, [conversation.column])}
+    )
     return Reading(shape, "messages", (conversation.column, *context.values()), mapping)

@@ -21,32 +21,7 @@ from jobs.ingest.mapping.sample import Ambiguous, MessageKeys, Sample
 from jobs.ingest.rows.messages import ROLES
 from schema.ingestion import RowMapping
 
-MAX_ROLES = 32  # of a mapping
 MAX_EXAMPLES = 3  # meanings that a message shows
-ROLE_SYNONYMS = {
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "ai": "assistant",
-    "system": "system",
-    "function_call": "tool_calls",
-    "function-call": "tool_calls",
-    "tool_call": "tool_calls",
-    "tool_calls": "tool_calls",
-    "observation": "tool",
-    "function_response": "tool",
-    "function-response": "tool",
-    "tool_response": "tool",
-    "tool": "tool",
-}
 
 
 class Prompt(NamedTuple):
@@ -57,11 +32,10 @@ class Prompt(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """A column of messages, and the fields of a mapping that say how to read them."""
+    """A column of messages, and their keys."""
 
     column: str
     keys: MessageKeys
-    roles: dict[str, str]
 
 
 def find_pair(sample: Sample, *, allow_references: bool = False) -> tuple[Prompt, str] | None:
@@ -92,7 +66,7 @@ def describe_pair(sample: Sample, prompt: Prompt, answer: str) -> dict[str, obje
     found = next(((column, keys) for column in columns if (keys := sample.find_message_keys(column))), None)
     if found is None:
         return fields
-    return fields | name_keys(found[1], find_roles(sample, *found), is_json_text=sample.has_json_text(columns))
+    return fields | name_keys(sample, found[1], columns, is_json_text=sample.has_json_text(columns))
 
 
 def _find_contents(sample: Sample, headings: Collection[str]) -> tuple[str, ...]:
@@ -124,21 +98,12 @@ def find_conversation(sample: Sample, role_keys: Sequence[str] = ("role", "from"
     different = [found[0], *(other for other in found[1:] if not sample.repeats(other[0], [found[0][0]]))]
     if len(different) > 1:
         examples = [
-            RowMapping.model_validate({"messages": column, **name_keys(keys, find_roles(sample, column, keys))})
+            RowMapping.model_validate({"messages": column, **name_keys(sample, keys, [column])})
             for column, keys in different[:MAX_EXAMPLES]
         ]
         raise Ambiguous([column for column, _ in different], examples)
     column, keys = found[0]
-    return Conversation(column, keys, find_roles(sample, column, keys))
-
-
-def find_roles(sample: Sample, column: str, keys: MessageKeys) -> dict[str, str]:
-    """The roles that a mapping must translate. Roles of a column `messages` are what they are: a wrong one is an error of its row."""
-    found = sample.find_roles(column, keys)
-    if keys.role == "role" and (normalize_heading(column) == "messages" or found <= set(ROLES)):
-        return {}
-    spelled = {role: ROLE_SYNONYMS[role.casefold()] for role in sorted(found) if role.casefold() in ROLE_SYNONYMS}
-    return ROLE_SYNONYMS | dict(list(spelled.items())[: MAX_ROLES - len(ROLE_SYNONYMS)])
+    return Conversation(column, keys)
 
 
 def find_context(sample: Sample) -> dict[str, str]:
@@ -147,13 +112,18 @@ def find_context(sample: Sample) -> dict[str, str]:
     return {field: columns[0] for field, columns in fields.items() if columns}
 
 
-def name_keys(keys: MessageKeys | None, roles: dict[str, str], *, is_json_text: bool = False) -> dict[str, object]:
-    """The fields of a mapping that say how to read messages. JSON text of messages needs the key of roles."""
-    if keys is None:
-        return {}
+def name_keys(sample: Sample, keys: MessageKeys, columns: Sequence[str], *, is_json_text: bool = False) -> dict[str, object]:
+    """The fields of a mapping that say how to read the messages in these columns.
+
+    The key of roles is named where its default would not do: JSON text in columns of texts, and other roles than rows have. Roles of a
+    column `messages` are what they are: a wrong one is an error of its row.
+    """
     named: dict[str, object] = {}
-    if keys.role != "role" or is_json_text:
+    has_other_roles = any(
+        normalize_heading(column) != "messages" and not sample.find_roles(column, keys) <= set(ROLES) for column in columns
+    )
+    if keys.role != "role" or is_json_text or has_other_roles:
         named["role_key"] = keys.role
     if keys.content != "content":
         named["content_key"] = keys.content
-    return named | ({"roles": roles} if roles else {})
+    return named

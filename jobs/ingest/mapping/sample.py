@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Literal, cast
 
 from jobs.ingest.mapping.headings import normalize_heading
-from jobs.ingest.rows.values import DECODER, JsonObject, Number, preview
+from jobs.ingest.rows.values import DECODER, JsonObject, Number, is_json_safe, preview
 from schema.ingestion import RowMapping
 from schema.types import TextDatasetType
 
@@ -121,12 +121,8 @@ def can_be_mapped(column: str) -> bool:
 
 
 def make_printable(name: str) -> str:
-    """The name, or its escaped form if it cannot be written as UTF-8."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return preview(name)
-    return name
+    """The name, or its escaped form if others could not read it."""
+    return name if is_json_safe(name) else preview(name)
 
 
 def as_messages(value: object) -> list[JsonObject]:
