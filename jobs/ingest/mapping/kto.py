@@ -31,5 +31,6 @@ def recognize(sample: Sample) -> Reading | None:
 
 
 def _is_label(sample: Sample, column: str) -> bool:
+    """Whether most values are labels; the others are errors of their rows."""
     values = sample.values(column)
-    return bool(values) and all(find_label(value) is not None for value in values)
+    return sum(find_label(value) is not None for value in values) * 2 > len(values)
