@@ -18,6 +18,7 @@ from bench.servers import ServerUnavailable
 
 BENCHMARKS = (
     "submit",
+    "dry_run",
     "listing",
     "footprint",
     "launch",
@@ -32,6 +33,8 @@ BENCHMARKS = (
     "training",
     "exports",
     "ingestion",
+    "dataset_reports",
+    "dataset_pages",
 )
 # How servers and attempts fail. One failed benchmark must not stop the others.
 RECOVERABLE_ERRORS = (ServerUnavailable, OSError, EOFError, ValueError, RuntimeError, subprocess.SubprocessError, ExceptionGroup)

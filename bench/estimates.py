@@ -141,7 +141,7 @@ def make_rows(case: Case) -> bytes:
 
 
 async def upload(server: Server, content: bytes) -> str:
-    """Upload rows, with a quarter held out; returns the id of the dataset."""
+    """Upload rows, with a tenth held out; returns the id of the dataset."""
     boundary = "bench"
     parts = (
         f'--{boundary}\r\nContent-Disposition: form-data; name="eval_fraction"\r\n\r\n0.1\r\n'
@@ -197,40 +197,84 @@ def _read_peak_bytes(process: psutil.Process) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
-async def measure(cases: tuple[Case, ...], folder: Path, results: Path | None) -> list[Json]:
-    """Estimate and train each case."""
+async def estimate(server: Server, body: Json) -> Json:
+    """What the dry run says of the request, once the tokens of its rows are counted."""
+    base = body["training_config"]["base_model_id"]
+    path = f"/datasets/{body['processed_dataset_id']}/token_lengths"
+    await request_json(server.url, Request("POST", path, {"base_model_id": base}))
+    plan = await request_json(server.url, Request("POST", "/train?dry_run=true", body))
+    (profile,) = plan["profiles"]
+    memory = profile["memory"]
+    return {
+        "steps": plan["steps"]["total_steps"],
+        "tokens": plan["tokens"]["total"],
+        "exact": plan["tokens"]["exact"],
+        "total_s": profile["seconds"],
+        "phases_s": {each["phase"]: each["seconds"] for each in profile["phases"]},
+        "peak_bytes": max(memory["peak_bytes"], memory["evaluation_bytes"]),
+        "artifact_bytes": {each["name"]: each["size_bytes"] for each in plan["artifacts"]},
+    }
+
+
+async def measure(cases: tuple[Case, ...], folder: Path, earlier: dict[str, Json], results: Path | None) -> list[Json]:
+    """Estimate each case, and train it unless it was measured before."""
     home = folder / "home"
     await asyncio.to_thread(install_real_base, home)
     await asyncio.to_thread(install_tiny_base, home)
-    threads = str(psutil.cpu_count() or 1)
+    settings = {"PYTHONPATH": str(SOURCE)}
     rows: list[Json] = []
-    async with run_service(home, {"OMP_NUM_THREADS": threads}) as server:
+    async with run_service(home, {"OMP_NUM_THREADS": str(psutil.cpu_count() or 1)}, settings=settings) as server:
         await request_json(server.url, Request("GET", "/capabilities"))  # the service probes the trainer's environment once
         for case in cases:
             dataset_id = await upload(server, make_rows(case))
             body = {"processed_dataset_id": dataset_id, "training_config": {"base_model_id": case.base} | case.config}
+            estimated = await estimate(server, body)
             try:
-                outcome = await train(server, body)
+                measured = earlier.get(case.name) or asdict(await train(server, body))
             except RuntimeError as error:
                 print(f"{case.name}: {error}", file=sys.stderr)
                 continue
-            rows.append({"name": case.name, "measured": asdict(outcome)})
-            print(json.dumps(rows[-1]), flush=True)
+            rows.append({"name": case.name, "estimated": estimated, "measured": measured})
             if results:
                 results.write_text(json.dumps(rows, indent=1))
+            print(describe(rows[-1]), flush=True)
     return rows
+
+
+HEADER = """| training | steps | tokens | peak memory | whole job | artifacts |
+|---|---|---|---|---|---|"""
+
+
+def describe(row: Json) -> str:
+    """A line of the table: estimated → measured."""
+    estimated, measured = row["estimated"], row["measured"]
+    about = "" if estimated["exact"] else "≈ "
+    sizes = [
+        f"{name} {size / 1e6:.0f} → {measured['artifact_bytes'][name] / 1e6:.0f} MB"
+        for name, size in estimated["artifact_bytes"].items()
+        if name in measured["artifact_bytes"]
+    ]
+    total = estimated["total_s"]
+    return (
+        f"| {row['name']} | {estimated['steps']} → {measured['steps']} | {about}{estimated['tokens']:,} → {measured['tokens']:,} | "
+        f"{estimated['peak_bytes'] / 1e9:.2f} → {measured['peak_bytes'] / 1e9:.2f} GB | "
+        f"{total['low']:.0f} to {total['high']:.0f} s → {measured['total_s']:.0f} s | {', '.join(sizes)} |"
+    )
 
 
 def main() -> int:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.estimates", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="*", metavar="NAME", default=[])
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--only", nargs="*", metavar="NAME", default=[], help="some of the trainings")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="the results of an earlier run, whose trainings are not repeated")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     args = parser.parse_args()
     cases = tuple(case for case in CASES if not args.only or case.name in args.only)
+    earlier = {row["name"]: row["measured"] for row in json.loads(args.measured.read_text())} if args.measured else {}
+    print(HEADER)
     with tempfile.TemporaryDirectory(prefix="bench-estimates-") as folder:
-        asyncio.run(measure(cases, Path(folder), args.json))
-    return 0
+        rows = asyncio.run(measure(cases, Path(folder), earlier, args.json))
+    return 0 if len(rows) == len(cases) else 1
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ class IncomingSource:
 
     key: str
 
+    @property
+    def kind(self) -> str:
+        """Which reader takes it."""
+        return "incoming"
+
 
 @dataclass(frozen=True)
 class BucketSource:
@@ -49,6 +54,11 @@ class BucketSource:
     scheme: Literal["gs", "s3"]
     bucket: str
     pattern: str  # a key, a folder that ends in "/", or a key with wildcards
+
+    @property
+    def kind(self) -> str:
+        """Which reader takes it."""
+        return self.scheme
 
     @property
     def is_single(self) -> bool:
@@ -81,12 +91,22 @@ class HubSource:
     split: str | None = None
     revision: str | None = None
 
+    @property
+    def kind(self) -> str:
+        """Which reader takes it."""
+        return "hf"
+
 
 @dataclass(frozen=True)
 class WebSource:
     """A file of the web."""
 
     url: str
+
+    @property
+    def kind(self) -> str:
+        """Which reader takes it."""
+        return "https"
 
     @property
     def without_query(self) -> str:
@@ -122,7 +142,7 @@ def _parse_bucket(scheme: Literal["gs", "s3"], rest: str) -> BucketSource:
     parts = pattern.removesuffix("/").split("/")
     if not pattern or len(pattern.encode()) > 900 or any(part in ("", ".", "..") for part in parts):
         hint = f"name a file, files such as {scheme}://{bucket}/folder/*.jsonl, or a folder, which ends in /"
-        raise InvalidSource(f"{_shorten(pattern) if pattern else 'nothing'} names no objects of {scheme}://{bucket}", hint)
+        raise InvalidSource(f"{_shorten(pattern)} is no path in {scheme}://{bucket}", hint)
     return BucketSource(scheme, bucket, pattern)
 
 

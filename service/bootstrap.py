@@ -144,7 +144,7 @@ def build_services(settings: Settings, clock: Callable[[], datetime] | None = No
             max_memory_bytes=settings.ingest_memory_bytes,
         ),
         ingester=ProcessIngester(python=settings.ingest_python, variables=inherited_variables(settings)),
-        jobs=None,
+        jobs=jobs.ingestions,
         upload_signer=create_url_signer(buckets.datasets, tokens, iam_emulator_host=settings.iam_credentials_emulator_host),
         clock=clock,
         random_suffix=token_hex,

@@ -25,6 +25,7 @@ import google_crc32c
 import requests
 from google.api_core import exceptions as google_errors
 from google.api_core.retry import Retry
+from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import GoogleAuthError
 from google.cloud.storage import Blob, Bucket, Client
 from google.cloud.storage.exceptions import DataCorruption
@@ -59,11 +60,13 @@ CONTENT_TYPE = "application/octet-stream"
 class GcsStore:
     """A bucket, or a folder of it. Every upload declares its CRC32C, so the server rejects damaged bytes."""
 
-    def __init__(self, url: str, *, page_size: int = PAGE_SIZE, get_token: TokenSource | None = None) -> None:
+    def __init__(self, url: str, *, page_size: int = PAGE_SIZE, get_token: TokenSource | None = None, anonymous: bool = False) -> None:
+        """Without `get_token` and not `anonymous`, Google's libraries find the credentials of the machine."""
         self._location = BucketLocation.parse(url, "gs")
         self.url = self._location.url
         self._page_size = page_size
         self._get_token = get_token
+        self._anonymous = anonymous
         self._lock = threading.Lock()
         self._client: Client | None = None
         self._bucket_confirmed = False
@@ -171,7 +174,7 @@ class GcsStore:
     def _get_client(self) -> Client:
         with self._lock:
             if self._client is None:
-                self._client = _new_client(self.url, self._get_token)
+                self._client = _new_client(self.url, self._get_token, anonymous=self._anonymous)
             return self._client
 
     def _bucket(self) -> Bucket:
@@ -306,10 +309,10 @@ class _DeadlineAdapter(HTTPAdapter):
         return response
 
 
-def _new_client(url: str, get_token: TokenSource | None) -> Client:
+def _new_client(url: str, get_token: TokenSource | None, *, anonymous: bool) -> Client:
+    chosen = AnonymousCredentials() if anonymous else _make_credentials(get_token) if get_token else None
     try:
-        # None of the calls here needs a project.
-        client = Client(project=None, credentials=_make_credentials(get_token)) if get_token else Client(project=None)
+        client = Client(project=None, credentials=chosen)  # none of the calls here needs a project
     except GoogleAuthError as error:
         raise StoreUnavailable(f"no Google credentials for {url}; run: gcloud auth application-default login") from error
     # The library would fetch the bucket in a thread, for traces, with a permission that nothing else here needs.

@@ -14,10 +14,12 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import boto3
+from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -63,10 +65,23 @@ _CLIENT_LOCK = threading.Lock()  # a session must create one client at a time
 ReturnT = TypeVar("ReturnT")
 
 
+@dataclass(frozen=True)
+class S3Login:
+    """With whose keys a bucket is used, and where it is, instead of what the environment says. Without keys, requests are not signed."""
+
+    access_key_id: str | None = None
+    secret_access_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+    endpoint_url: str | None = None  # None: Amazon's
+    region: str | None = None
+
+
 class S3Store:
     """A bucket, or a folder of it. Each request's signature covers the SHA-256 of its body, so the server rejects damaged bytes."""
 
-    def __init__(self, url: str, *, page_size: int = PAGE_SIZE) -> None:
+    def __init__(self, url: str, *, page_size: int = PAGE_SIZE, login: S3Login | None = None) -> None:
+        """Without `login`, boto3 finds the credentials and the endpoint of the machine."""
+        self._login = login
         self._location = BucketLocation.parse(url, "s3")
         self.url = self._location.url
         self._page_size = page_size
@@ -241,7 +256,7 @@ class S3Store:
         read_timeout_s = _choose_read_timeout_s(remaining_s(MAX_RETRY_S))
         with self._lock:
             if read_timeout_s not in self._clients:
-                self._clients[read_timeout_s] = _new_client(self.url, read_timeout_s)
+                self._clients[read_timeout_s] = _new_client(self.url, read_timeout_s, self._login)
             return self._clients[read_timeout_s]
 
     def _translate_error(self, error: ClientError, key: str) -> StorageError:
@@ -279,10 +294,12 @@ class S3Store:
         return True
 
 
-def _new_client(url: str, read_timeout_s: float) -> Any:  # noqa: ANN401
+def _new_client(url: str, read_timeout_s: float, login: S3Login | None) -> Any:  # noqa: ANN401
     """A boto3 client. Uses path-style addresses except for AWS: other providers may have no host name for each bucket."""
     with _CLIENT_LOCK:
         try:
+            if login is not None:
+                return _new_login_client(login, read_timeout_s)
             client = _session().client("s3", config=_config("auto", read_timeout_s))
             if client.meta.endpoint_url.endswith((".amazonaws.com", ".amazonaws.com.cn")):
                 return client
@@ -290,6 +307,20 @@ def _new_client(url: str, read_timeout_s: float) -> Any:  # noqa: ANN401
             return _session().client("s3", config=_config("path", read_timeout_s))
         except (BotoCoreError, ValueError) as error:
             raise StoreUnavailable(f"the environment has no usable S3 settings for {url}: {error}") from error
+
+
+def _new_login_client(login: S3Login, read_timeout_s: float) -> Any:  # noqa: ANN401
+    """A client that uses nothing of the environment: not its keys, its profile, its endpoint or its region."""
+    own = Config(ignore_configured_endpoint_urls=True, **({} if login.access_key_id else {"signature_version": UNSIGNED}))
+    return _session().client(
+        "s3",
+        config=_config("path" if login.endpoint_url else "auto", read_timeout_s).merge(own),
+        endpoint_url=login.endpoint_url,
+        region_name=login.region or ("auto" if login.endpoint_url else "us-east-1"),
+        aws_access_key_id=login.access_key_id,
+        aws_secret_access_key=login.secret_access_key,
+        aws_session_token=login.session_token,
+    )
 
 
 @functools.cache

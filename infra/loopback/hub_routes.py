@@ -223,6 +223,7 @@ def _apply_operation(hub: HubState, files: dict[str, Blob], key: str, value: dic
 REPO = r"([\w.-]+(?:/[\w.-]+)?)"
 REV = r"([^/]+)"
 MODEL = rf"/api/models/{REPO}"
+DATASET = rf"/api/datasets/{REPO}"  # of datasets, what reads them; the same names as models
 
 # The first match counts, so the longer patterns come before `get_info`, whose repository name matches anything.
 ROUTES: list[tuple[str, str, Callable[..., HubResponse]]] = [
@@ -242,10 +243,13 @@ ROUTES: list[tuple[str, str, Callable[..., HubResponse]]] = [
     ("POST", rf"{MODEL}/commit/{REV}", create_commit),
     ("GET", rf"{MODEL}/revision/{REV}", get_info),
     ("GET", MODEL, get_info),
+    ("GET", rf"{DATASET}/revision/{REV}", get_info),
+    ("GET", DATASET, get_info),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", plan_lfs_upload),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/verify", verify_lfs_object),
     ("PUT", r"/lfs/([0-9a-f]{64})", upload_lfs_object),
     ("GET", r"/lfs/([0-9a-f]{64})", get_lfs_object),
+    ("GET", rf"/datasets/{REPO}/resolve/{REV}/(.+)", download_file),
     ("GET", rf"/{REPO}/resolve/{REV}/(.+)", download_file),
 ]
 

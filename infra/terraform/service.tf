@@ -36,7 +36,7 @@ locals {
 
     TUNESMITH_RECONCILE_INTERVAL_S   = "0"          # Cloud Scheduler calls instead: scheduler.tf
     TUNESMITH_EVENT_POLL_S           = "2"          # every poll is billed
-    TUNESMITH_MAX_INCOMING_BYTES     = "209715200"  # copied to /tmp, which is memory: it takes twice that, and the digests of the rows
+    TUNESMITH_MAX_INCOMING_BYTES     = "8589934592" # beyond 64 MiB it is read by an attempt, whose files are memory too: three times that, of 32 GiB
     TUNESMITH_INGEST_MEMORY_BYTES    = "1610612736" # addressable, of the container's 2 GiB: the tokenizer of Gemma 3 takes 1 GB of it
     TUNESMITH_MAX_CONCURRENT_UPLOADS = "1"          # one such process at a time
     TUNESMITH_MAX_UPLOAD_BYTES       = "33488896"   # Cloud Run accepts bodies of 32 MiB; 64 KiB of that are for the form around the file

@@ -14,11 +14,12 @@ from typing import BinaryIO, Literal
 
 from jobs.ingest.formats import OpenedInput, open_input
 from jobs.ingest.mapping import SAMPLE_RECORDS, RowMapper, choose_mapper
+from jobs.ingest.mapping.sample import make_printable
 from jobs.ingest.reading import PlacedRow, RowReader, parse_record, read_rows, read_rows_concurrently
 from jobs.ingest.records import InvalidInput
 from jobs.ingest.rows.consistency import ConsistencyChecker
 from jobs.ingest.rows.row import Row
-from jobs.ingest.rows.values import InvalidValue, JsonObject, is_json_safe, preview
+from jobs.ingest.rows.values import InvalidValue, JsonObject
 from jobs.ingest.splitting import Splitter, SplitWriter
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.ingestion import (
@@ -40,7 +41,6 @@ SHOWN_ROWS = 3
 SAMPLED_BYTES = 8 << 20  # of the first records; in memory, a list of short values takes twenty times its bytes
 MAX_SAMPLED_PROBLEMS = 1000  # lines that are not records, after which the sample ends
 MAX_SHOWN_COLUMNS = 1000
-MAX_SHOWN_NAME_CHARS = 200
 SCRATCH = "rows.jsonl"
 
 OnProgress = Callable[[IngestProgress], None]
@@ -258,5 +258,4 @@ def _describe(opened: OpenedInput, mapper: RowMapper, sample: Sequence[JsonObjec
 
 def _iter_names(sample: Sequence[JsonObject]) -> Iterator[str]:
     """The names of columns, once each, as they can be shown."""
-    names = dict.fromkeys(name for record in sample for name in record)
-    return (name if len(name) <= MAX_SHOWN_NAME_CHARS and is_json_safe(name) else preview(name) for name in names)
+    return (make_printable(name) for name in dict.fromkeys(name for record in sample for name in record))

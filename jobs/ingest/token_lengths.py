@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from jobs.ingest.limits import limit_process
-from jobs.ingest.records import InvalidInput
 from jobs.ingest.reports.token_lengths import count_tokens
+from jobs.ingest.reports.tokenizer_files import UnusableTokenizer
 from schema.ingestion import TokenLengthsOutcome, TokenLengthsTask
 
 OUTCOME_FILE = "token_lengths.json"
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     try:
         lengths = count_tokens(splits, task.base_model_id, Path(task.tokenizer_folder), task.max_seq_length)
         outcome = TokenLengthsOutcome(lengths=lengths)
-    except InvalidInput as error:
+    except UnusableTokenizer as error:
         outcome = TokenLengthsOutcome(refused=error.problem)
     (Path(task.output) / OUTCOME_FILE).write_text(outcome.model_dump_json())
     return 0

@@ -23,6 +23,8 @@ class RowLengths:
     longest: int  # tokens of the longest row
     exact: bool  # counted with the tokenizer, of all rows
     top: tuple[int, ...] = ()  # of the longest rows, descending, where they were counted
+    counted_rows: int = 0  # to which these belong: of all splits of a dataset, where the rows are those of one
+    clipped: tuple[tuple[int, int], ...] = ()  # (length, tokens of all rows when each is cut to it), where that was counted
 
     @property
     def rows(self) -> int:
@@ -36,16 +38,26 @@ class RowLengths:
 
     def truncate(self, max_length: int) -> "RowLengths":
         """The rows cut to at most that many tokens."""
+        if self.longest <= max_length:
+            return self
         cut = tuple((min(tokens, float(max_length)), count) for tokens, count in self.buckets)
         top = tuple(min(tokens, max_length) for tokens in self.top)
-        return RowLengths(cut, min(self.longest, max_length), self.exact and self.longest <= max_length, top)
+        known = dict(self.clipped).get(max_length)
+        truncated = RowLengths(cut, max_length, self.exact and known is not None, top, self.counted_rows)
+        return truncated if known is None else truncated.scale_to(known)
+
+    def scale_to(self, total_tokens: int) -> "RowLengths":
+        """The rows with their lengths moved so that their sum is that number."""
+        factor = total_tokens / self.tokens if self.tokens else 1.0
+        return replace(self, buckets=tuple((tokens * factor, count) for tokens, count in self.buckets))
 
     def count_longer(self, max_length: int) -> int:
         """About how many rows are longer."""
         if self.longest <= max_length:
             return 0
         if self._tops_are_all_that_is_cut(max_length):
-            return sum(tokens > max_length for tokens in self.top)
+            longer = sum(tokens > max_length for tokens in self.top)
+            return ceil(longer * min(1.0, self.rows / self.counted_rows)) if self.counted_rows else longer
         return max(1, sum(count for tokens, count in self.buckets if tokens > max_length))
 
     def resize(self, rows: int) -> "RowLengths":
@@ -58,7 +70,7 @@ class RowLengths:
             share = round(rows * seen / total) - given if total else 0
             scaled.append((tokens, share))
             given += share
-        return replace(self, buckets=tuple(scaled), exact=False)
+        return replace(self, buckets=tuple(scaled), exact=False, clipped=())
 
     def pad(self, batch_size: int) -> float:
         """Tokens of all rows when each batch is as long as its longest row, on average."""
@@ -99,7 +111,7 @@ class RowLengths:
 
     def _tops_are_all_that_is_cut(self, max_length: int) -> bool:
         """Whether every row that is longer than that was counted by itself."""
-        return bool(self.top) and (self.top[-1] <= max_length or len(self.top) >= self.rows)
+        return bool(self.top) and (self.top[-1] <= max_length or len(self.top) >= self.counted_rows)
 
 
 def read_histogram(histogram: Sequence[tuple[int, int]], total_tokens: int, longest: Sequence[int], *, exact: bool) -> RowLengths:
@@ -114,7 +126,8 @@ def read_histogram(histogram: Sequence[tuple[int, int]], total_tokens: int, long
     factor = total_tokens / guessed if guessed else 1.0
     top = tuple(sorted(longest, reverse=True))
     most = top[0] if top else (histogram[-1][0] if histogram else 0)
-    return RowLengths(tuple((max(1.0, tokens * factor), count) for tokens, count in buckets), most, exact, top)
+    rows = sum(count for _, count in buckets)
+    return RowLengths(tuple((tokens * factor, count) for tokens, count in buckets), most, exact, top, rows)
 
 
 def guess_lengths(rows: int, characters: float) -> RowLengths:
@@ -134,8 +147,13 @@ def guess_lengths(rows: int, characters: float) -> RowLengths:
 
 def merge_lengths(parts: Sequence[RowLengths]) -> RowLengths:
     """The lengths of several datasets together."""
+    if len(parts) == 1:
+        return parts[0]
     buckets = tuple(sorted((bucket for part in parts for bucket in part.buckets if bucket[1]), key=lambda bucket: bucket[0]))
     # Below the shortest row that one of them counted by itself, others of it may be missing.
-    known_from = max((part.top[-1] if part.top else part.longest + 1 for part in parts if len(part.top) < part.rows), default=0)
+    known_from = max(
+        (part.top[-1] if part.top else part.longest + 1 for part in parts if len(part.top) < part.counted_rows or not part.top), default=0
+    )
     top = tuple(sorted((tokens for part in parts for tokens in part.top if tokens >= known_from), reverse=True))
-    return RowLengths(buckets, max((part.longest for part in parts), default=0), all(part.exact for part in parts), top)
+    counted_rows = sum(part.counted_rows for part in parts)
+    return RowLengths(buckets, max((part.longest for part in parts), default=0), all(part.exact for part in parts), top, counted_rows)

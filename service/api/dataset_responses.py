@@ -1,12 +1,13 @@
 """The responses about datasets."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
 from pydantic import BaseModel
 
 from schema.dataset import Dataset, DatasetStatus
-from schema.ingestion import DatasetReport, Detected, IngestOutcome, RowProblem
+from schema.ingestion import DatasetReport, Detected, IngestOutcome, InputProblem, RowProblem
 from schema.job import Failure, Progress, Status
 from schema.types import Phase
 from service.core.jobs.queries import JobView
@@ -46,6 +47,7 @@ class DatasetDetail(DatasetView):
     phase: Phase | None  # what its job is doing
     progress: Progress | None  # of its job: a step is a row
     failure: Failure | None  # why it failed
+    problems: list[RowProblem]  # the rows for which its job has refused the source, the first 1,000
     preview: dict[str, list[Any]]
 
 
@@ -69,12 +71,14 @@ class RowPageResponse(BaseModel):
 class CheckResponse(BaseModel):
     """What is known of a file that was checked and not kept."""
 
+    refused: InputProblem | None  # what is wrong with the rows together; null: nothing
     detected: Detected | None
     rows_read: int
     valid_rows: int
     problem_count: int  # rows that are not valid
     problem_counts: dict[str, int]  # the same by kind of problem
     problems: list[RowProblem]  # the first 1,000
+    stopped_early: bool  # after 100,000 rows that are not valid; what follows was not read
     splits: dict[str, int]  # rows of each split that an upload would make
     samples: list[Any]  # the first rows as they would be stored
     report: DatasetReport | None
@@ -133,7 +137,9 @@ def dataset_view(dataset: Dataset) -> DatasetView:
     )
 
 
-def dataset_detail(dataset: Dataset, job: JobView | None, preview: dict[str, list[object]]) -> DatasetDetail:
+def dataset_detail(
+    dataset: Dataset, job: JobView | None, preview: dict[str, list[object]], problems: Sequence[RowProblem] = ()
+) -> DatasetDetail:
     """A dataset with its first rows. `job` makes or made it; None: there is none, or it was deleted."""
     view, heartbeat = dataset_view(dataset), job.heartbeat if job else None
     failure = job.job.failure if job else None
@@ -147,6 +153,7 @@ def dataset_detail(dataset: Dataset, job: JobView | None, preview: dict[str, lis
         phase=heartbeat.phase if heartbeat and is_running else None,
         progress=heartbeat.progress if heartbeat and is_running else None,
         failure=failure if view.status == "failed" else None,
+        problems=list(problems) if view.status == "failed" else [],
         preview=preview,
     )
 
@@ -154,12 +161,14 @@ def dataset_detail(dataset: Dataset, job: JobView | None, preview: dict[str, lis
 def check_response(outcome: IngestOutcome) -> CheckResponse:
     """What was found in a file, as the API shows it."""
     return CheckResponse(
+        refused=outcome.refused,
         detected=outcome.detected,
         rows_read=outcome.rows_read,
         valid_rows=outcome.rows_read - outcome.problem_count,
         problem_count=outcome.problem_count,
         problem_counts=outcome.problem_counts,
         problems=list(outcome.problems),
+        stopped_early=outcome.stopped_early,
         splits={name: split.rows for name, split in outcome.rows.splits.items()} if outcome.rows else {},
         samples=list(outcome.samples),
         report=outcome.report,

@@ -29,6 +29,7 @@ from service.api.ingestion import IngestionSlots
 from service.api.route import LimitedRoute, limits
 from service.bootstrap import Services
 from service.core.errors import NotFound, TooLarge
+from service.core.jobs.ingestions import read_problems
 from service.core.jobs.queries import JobView
 from service.core.principals import Principal
 from storage.file import LocalStore
@@ -138,7 +139,9 @@ def get_dataset(processed_dataset_id: Id, services: ServicesDep, principal: Prin
     """A dataset, its report and the first rows of each split; of one that is being processed, how far that is."""
     dataset = services.datasets.records.find(principal, processed_dataset_id)
     preview = services.datasets.records.preview(principal, processed_dataset_id)
-    return dataset_detail(dataset, _find_job(services, principal, dataset), preview)
+    view = _find_job(services, principal, dataset)
+    problems = read_problems(view.job, services.buckets.datasets) if view else ()
+    return dataset_detail(dataset, view, preview, problems)
 
 
 @router.get("/{processed_dataset_id}/rows")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, StringConstraints
 
 from schema.base import Id, Timestamp
 from schema.job import Progress, Status
-from schema.training import TRAINER_TYPES
+from schema.training import JOB_TYPES
 from schema.types import Phase
 from service.api.dependencies import PrincipalDep
 from service.core.errors import InvalidRequest
@@ -99,9 +99,9 @@ async def parse_job_query(
             f"created_after ({created_after.isoformat()}) is not before created_before ({created_before.isoformat()}): no job can match"
         )
         problems.add(InvalidRequest(message, hint="exchange the two, or leave one out", param="created_after"))
-    if trainer_type is not None and trainer_type not in TRAINER_TYPES:
-        known = f"known: {', '.join(TRAINER_TYPES)}"
-        hint = did_you_mean(trainer_type, TRAINER_TYPES, known)
+    if trainer_type is not None and trainer_type not in JOB_TYPES:
+        known = f"known: {', '.join(JOB_TYPES)}"
+        hint = did_you_mean(trainer_type, JOB_TYPES, known)
         problems.add(InvalidRequest(f"there is no trainer_type {trainer_type!r}", hint=hint, param="trainer_type"))
     problems.raise_found()
     return JobQuery(

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from service.adapters.launchers.cloud_run.launcher import CloudRunLauncher
 from service.adapters.launchers.local.environments import LocalEnvironments
 from service.adapters.launchers.local.launcher import LocalLauncher
 from service.core.errors import LaunchFailed, Unavailable
-from service.core.ports import ExitReasonReader, Launcher, LaunchRequest, LogLocator, LogReader
+from service.core.ports import ExitReasonReader, Launcher, LaunchRequest, LogLocator, LogReader, SlotReserver
 from tests.waiting import wait_until
 
 # Writes its environment and a marker file, then sleeps, ignores signals or ends, according to BEHAVIOR.
@@ -239,6 +239,26 @@ def test_slots_are_taken_and_released(harness: LauncherHarness) -> None:
     wait_until(lambda: launcher.count_free_slots(active_jobs=1) == 1)
     launcher.cancel(handle, force=True)
     wait_until(lambda: launcher.count_free_slots(active_jobs=0) == 2)
+
+
+def test_ingestions_have_slots_of_their_own(harness: LauncherHarness) -> None:
+    launcher = harness.make_launcher(slots=2)
+    if not isinstance(launcher, SlotReserver):
+        return
+    [environment] = launcher.reserved_environments
+    interpreter = harness.folder / f"venvs/{environment}/bin/python"
+    interpreter.parent.mkdir(parents=True)
+    interpreter.symlink_to(sys.executable)
+    request = replace(make_launch_request("job-2.1"), environment=environment)
+    handle = launcher.launch(request)
+    wait_until(lambda: launcher.count_free_reserved_slots(environment) == 0)
+    assert launcher.count_free_slots(active_jobs=1) == 2
+    launcher.launch(make_launch_request("job-1.1"))
+    wait_until(lambda: launcher.count_free_slots(active_jobs=2) == 1)
+    assert launcher.count_free_reserved_slots(environment) == 0
+    launcher.cancel(handle, force=True)
+    wait_until(lambda: launcher.count_free_reserved_slots(environment) == 1)
+    assert launcher.count_free_slots(active_jobs=1) == 1
 
 
 def test_attempt_log_is_readable_or_located(harness: LauncherHarness) -> None:

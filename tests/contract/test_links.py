@@ -7,10 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import parse_qsl, quote, urlsplit
 
 import httpx2
@@ -27,10 +28,11 @@ from infra.loopback.google_identity import ACCESS_TOKEN, KEY_ID, GoogleIdentity,
 from service.adapters.links import MAX_EXPIRES_S, URL_SIGNERS, ServiceUrlSigner, content_disposition, create_url_signer
 from service.adapters.links.cloud_storage import CloudStorageUrlSigner
 from service.core.errors import InvalidRequest, Unauthorized, Unavailable
-from service.core.ports import UrlSigner
+from service.core.ports import SignedUpload, UrlSigner
 from service.core.tokens import TokenSigner
 from storage import ObjectStore
 from storage.deadline import deadline
+from storage.file import LocalStore
 from storage.gs import GcsStore
 from tests.contract.object_fixtures import StoreFactory
 
@@ -97,6 +99,53 @@ def test_link_downloads_object(signer_and_follow: tuple[UrlSigner, Callable[[str
     assert (response.status_code, response.content) == (200, b"weights")
 
 
+def send_to_link(store: ObjectStore, upload: SignedUpload, content: bytes) -> httpx2.Response:
+    if not upload.url.startswith("/"):
+        return httpx2.put(upload.url, content=content, headers=upload.headers)
+    assert isinstance(store, LocalStore)
+    key, max_bytes = TOKENS.read_upload_token(upload.url.removeprefix("/datasets/uploads/"))
+    assert len(content) <= max_bytes
+    with store.open_write(key) as stream:
+        stream.write(content)
+    return httpx2.Response(200)
+
+
+@pytest.mark.parametrize("scheme", ["file", *sorted(URL_SIGNERS)])
+def test_link_takes_an_object(scheme: str, new_store: StoreFactory, identity: GoogleIdentity) -> None:
+    store = new_store(scheme)
+    signer = create_url_signer(store, TOKENS)
+    if isinstance(store, GcsStore):
+        credentials = ServiceAccountCredentials(identity.email)
+        signer = CloudStorageUrlSigner(store, emulator_host=identity.host, credentials=lambda _: credentials)
+    upload = signer.sign_upload("incoming/uploads/1/rows 1.jsonl", 4, 60)
+    assert send_to_link(store, upload, b"rows").status_code == 200
+    assert store.read("incoming/uploads/1/rows 1.jsonl") == b"rows"
+    if isinstance(signer, CloudStorageUrlSigner):
+        signer.close()
+
+
+def test_object_that_is_not_written_to_its_end_does_not_appear(new_store: StoreFactory) -> None:
+    store = new_store("file")
+    assert isinstance(store, LocalStore)
+
+    def send_half() -> None:
+        with store.open_write("incoming/a") as stream:
+            stream.write(b"half")
+            raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        send_half()
+    assert list(store.iter_objects("")) == []
+
+
+def test_upload_link_is_not_a_download_link() -> None:
+    signer = ServiceUrlSigner(TOKENS)
+    with pytest.raises(Unauthorized):
+        TOKENS.read_file_token(signer.sign_upload(KEY, 1, 60).url.removeprefix("/datasets/uploads/"))
+    with pytest.raises(Unauthorized):
+        TOKENS.read_upload_token(signer.sign_url(KEY, "m", 60).removeprefix("/files/"))
+
+
 def test_bucket_link_has_expiry_and_filename(new_store: StoreFactory, links: CloudStorageUrlSigner) -> None:
     for signer, prefix in ((links, "X-Goog"), (create_url_signer(new_store("s3"), TOKENS), "X-Amz")):
         parameters = dict(parse_qsl(urlsplit(signer.sign_url(KEY, "mein Modell \u00fc.gguf", 900)).query))
@@ -141,20 +190,23 @@ def test_service_links_expire_and_resist_tampering() -> None:
 # --- Cloud Storage: the emulator does not verify signatures, so these tests do, as Google documents it ---------------
 
 
-def google_string_to_sign(link: str) -> tuple[bytes, bytes]:
-    """The bytes that a V4 link signs, derived from the link, and the signature."""
+def google_string_to_sign(link: str, method: str, headers: Mapping[str, str]) -> tuple[bytes, bytes]:
+    """The bytes that a V4 link signs, derived from the link and the headers of its request, and the signature."""
     parts = urlsplit(link)
     parameters = dict(parse_qsl(parts.query, keep_blank_values=True))
     signature = bytes.fromhex(parameters.pop("X-Goog-Signature"))
     query = "&".join(f"{quote(name, safe='~')}={quote(parameters[name], safe='~')}" for name in sorted(parameters))
-    request = "\n".join(["GET", parts.path, query, f"host:{parts.netloc}", "", parameters["X-Goog-SignedHeaders"], "UNSIGNED-PAYLOAD"])
+    signed = [f"{name.lower()}:{value}" for name, value in sorted({"host": parts.netloc, **headers}.items())]
+    request = "\n".join([method, parts.path, query, *signed, "", parameters["X-Goog-SignedHeaders"], "UNSIGNED-PAYLOAD"])
     scope = parameters["X-Goog-Credential"].partition("/")[2]
     digest = hashlib.sha256(request.encode()).hexdigest()
     return "\n".join([parameters["X-Goog-Algorithm"], parameters["X-Goog-Date"], scope, digest]).encode(), signature
 
 
-def check_google_signature(identity: GoogleIdentity, link: str) -> None:
-    content, signature = google_string_to_sign(link)
+def check_google_signature(
+    identity: GoogleIdentity, link: str, method: str = "GET", headers: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    content, signature = google_string_to_sign(link, method, headers)
     identity.key.public_key().verify(signature, content, padding.PKCS1v15(), hashes.SHA256())
 
 
@@ -165,6 +217,16 @@ def test_link_is_signed_by_google_sign_blob(identity: GoogleIdentity, links: Clo
     (request,) = identity.requests
     assert request.path == f"/v1/projects/-/serviceAccounts/{identity.email}:signBlob"
     assert request.authorization == f"Bearer {ACCESS_TOKEN}"
+
+
+def test_upload_link_signs_the_largest_size(identity: GoogleIdentity, links: CloudStorageUrlSigner) -> None:
+    upload = links.sign_upload(KEY, 1000, 60)
+    assert upload.headers == {"x-goog-content-length-range": "0,1000"}
+    check_google_signature(identity, upload.url, "PUT", upload.headers)
+    with pytest.raises(InvalidSignature):
+        check_google_signature(identity, upload.url, "PUT", {"x-goog-content-length-range": "0,1001"})
+    with pytest.raises(InvalidSignature):
+        check_google_signature(identity, upload.url, "GET", upload.headers)
 
 
 @pytest.mark.parametrize(
@@ -274,13 +336,23 @@ def test_s3_link_is_signed_with_service_secret(new_store: StoreFactory) -> None:
     assert not is_s3_signature_valid(link, "another secret")
 
 
-def is_s3_signature_valid(link: str, secret: str) -> bool:
-    """AWS's signature version 4, derived from the link."""
+def test_s3_upload_link_signs_the_size(new_store: StoreFactory) -> None:
+    upload = create_url_signer(new_store("s3"), TOKENS).sign_upload(KEY, 1000, 60)
+    headers = {name.lower(): value for name, value in upload.headers.items()}
+    assert headers == {"content-length": "1000"}
+    assert is_s3_signature_valid(upload.url, "a-secret", "PUT", headers)
+    assert not is_s3_signature_valid(upload.url, "a-secret", "PUT", {"content-length": "1001"})
+
+
+def is_s3_signature_valid(link: str, secret: str, method: str = "GET", headers: Mapping[str, str] = MappingProxyType({})) -> bool:
+    """AWS's signature version 4, derived from the link and the headers of its request."""
     parts = urlsplit(link)
     parameters = dict(parse_qsl(parts.query, keep_blank_values=True))
     signature = parameters.pop("X-Amz-Signature")
     query = "&".join(f"{quote(name, safe='~')}={quote(parameters[name], safe='~')}" for name in sorted(parameters))
-    request = "\n".join(["GET", parts.path, query, f"host:{parts.netloc}", "", "host", "UNSIGNED-PAYLOAD"])
+    signed = sorted({"host": parts.netloc, **headers}.items())
+    lines = [f"{name}:{value}" for name, value in signed]
+    request = "\n".join([method, parts.path, query, *lines, "", ";".join(name for name, _ in signed), "UNSIGNED-PAYLOAD"])
     scope = parameters["X-Amz-Credential"].partition("/")[2]
     key = f"AWS4{secret}".encode()
     for word in scope.split("/"):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs.ingest.formats.arrow_values import choose_batch_rows
 from schema.ingestion import IngestLimits, RowProblem
 from tests.ingest.dataset_harness import make_data_uri, make_image_bytes
 from tests.ingest.formats_harness import (
@@ -169,6 +170,10 @@ def test_file_that_is_cut_off_is_refused(kind: str, keep: float) -> None:
 def test_parts_with_other_columns_are_refused() -> None:
     problem = get_refusal({f"{name}.parquet": make_parquet(pa.table({name: ["1"], "x": ["2"]})) for name in "ab"})
     assert problem.message == "b.parquet lacks the column 'a', unlike a.parquet"
+
+
+def test_long_rows_are_converted_a_few_at_a_time() -> None:
+    assert [choose_batch_rows(size, 1000) for size in (0, 1000, 1_000_000_000, 1 << 40)] == [256, 256, 16, 1]
 
 
 def test_rows_are_counted_against_the_limit_of_all_files() -> None:

@@ -2,12 +2,14 @@
 
 import csv
 import io
+from encodings.aliases import aliases
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from jobs.ingest.records import InvalidInput
 from schema.ingestion import IngestLimits
 from tests.ingest.formats_harness import get_refusal, open_files, read_only_problem, read_problems_and_rows, read_rows
 
@@ -50,7 +52,7 @@ def test_every_line_end_separates_rows(line_end: str) -> None:
     [
         ("1,2", "ragged", "has 2 cells, but the header has 3 cells"),
         ("1,2,3,4", "ragged", "has 4 cells, but the header has 3 cells"),
-        ('1,"2" x,3', "not_csv", 'write a quotation mark within a quoted cell twice: ""'),
+        ('1,"2" x,3', "unreadable", 'write a quotation mark within a quoted cell twice: ""'),
     ],
 )
 def test_row_that_does_not_fit_is_named(row: str, code: str, reason: str) -> None:
@@ -132,7 +134,19 @@ def test_place_of_a_wrong_byte_far_into_the_file_is_exact() -> None:
     assert f"at byte {len(good) + 1:,}" in problem.message
 
 
-@pytest.mark.parametrize("encoding", ["hex", "nonsense"])
+@pytest.mark.parametrize("encoding", sorted({*aliases.values(), "idna", "punycode", "undefined", "utf-8-sig", "unicode_escape", "utf-7"}))
+def test_every_encoding_of_python_is_read_or_refused(encoding: str) -> None:
+    try:
+        found = read_problems_and_rows("rows.csv", "text\nplain\n".encode(encoding), encoding=encoding)
+    except InvalidInput as error:
+        assert error.problem.param == "encoding"
+    except (LookupError, UnicodeError):
+        assert get_refusal({"rows.csv": b"text\nplain\n"}, encoding=encoding).param == "encoding"
+    else:
+        assert found == [(2, {"text": "plain"})]
+
+
+@pytest.mark.parametrize("encoding", ["hex", "nonsense", "undefined"])
 def test_unknown_encoding_is_refused(encoding: str) -> None:
     assert get_refusal({"rows.csv": b"a,b\n1,2\n"}, encoding=encoding).param == "encoding"
 

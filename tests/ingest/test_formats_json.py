@@ -97,7 +97,7 @@ def test_bad_row_is_named_and_others_are_read(rows: str, row: int, reason: str, 
 @pytest.mark.parametrize("content", ['[{"a": 1}, {"a": "b', '[{"a": 1}, {"a": {"b": 2}', '[{"a": 1}, {"a": "}]', '[{"a": 1}, '])
 def test_file_that_is_cut_off_keeps_its_whole_rows(content: str) -> None:
     problem = read_only_problem("rows.json", content.encode())
-    assert (problem.place, problem.code) == ("row 2", "cut_off")
+    assert (problem.place, problem.code) == ("row 2", "unreadable")
 
 
 @pytest.mark.parametrize(

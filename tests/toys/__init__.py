@@ -1,4 +1,4 @@
-"""A toy of everything that can be added: launcher, environment, family, trainer types, exporter, tracker, store.
+"""A toy of everything that can be added: launcher, environment, family, trainer types, exporter, tracker, store, format, shape.
 
 `files/` has the new files, in the folders where they belong; REGISTRY_LINES are the lines that CONTRIBUTING.md asks for. Nothing else of
 the project changes. They need the standard library and what the runtime needs.
@@ -35,6 +35,8 @@ REGISTRY_LINES: dict[str, list[tuple[str, str]]] = {
         ("LAUNCHERS = {\n", 'LAUNCHERS = {\n    "toy": "service.adapters.launchers.toy:ToyLauncher",\n'),
     ],
     "storage/registry.py": [("STORES = {\n", 'STORES = {\n    "toy": "storage.toy:ToyStore",\n')],
+    "jobs/ingest/formats/__init__.py": [("FORMATS: Final = {\n", 'FORMATS: Final = {\n    "toy": "jobs.ingest.formats.toy:open_toys",\n')],
+    "jobs/ingest/mapping/__init__.py": [("SHAPES = {\n", 'SHAPES = {\n    "toy": "jobs.ingest.mapping.toy:recognize",\n')],
     "jobs/runtime/trackers/__init__.py": [("TRACKERS = {\n", 'TRACKERS = {\n    "toy": "jobs.runtime.trackers.toy_tracker:ToyTracker",\n')],
 }
 

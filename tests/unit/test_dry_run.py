@@ -1,17 +1,18 @@
 """`POST /train?dry_run=true`: what a job would do, need, take and cost; and what is chosen where a request says "auto"."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from starlette.testclient import TestClient
 
-from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT, Split
+from schema.dataset import TRAIN_SPLIT, Split, WeightedDataset
 from schema.estimate.row_lengths import RowLengths, read_histogram
 from schema.ingestion import DatasetReport, Finding, NearDuplicates, TokenLengths
 from schema.placement import Placement
-from schema.training import TRAINING_CONFIG, GrpoConfig, LlmTrainingConfig
+from schema.training import TRAINING_CONFIG, GrpoConfig, LlmTrainingConfig, SftConfig
 from service.core.dry_run.data_warnings import find_data_warnings
 from service.core.dry_run.facts import JobFacts
 from service.core.dry_run.llm_choices import choose_numbers, set_defaults
@@ -105,14 +106,13 @@ def test_refused_requests_are_refused_alike(client: TestClient, dataset_id: str)
 
 
 def test_dry_run_of_a_family_without_estimates_is_refused() -> None:
-    config = make_config()
-    object.__setattr__(type(config), "family", "toy")
-    try:
-        assert find_planner(config) is None
-        with pytest.raises(Unsupported, match="cannot be estimated"):
-            require_planner(config)
-    finally:
-        object.__setattr__(type(config), "family", "llm")
+    class ToyConfig(SftConfig):
+        family: ClassVar[str] = "toy"
+
+    config = ToyConfig(base_model_id="google/gemma-3-270m")
+    assert find_planner(config) is None
+    with pytest.raises(Unsupported, match="cannot be estimated"):
+        require_planner(config)
 
 
 def test_quota_refuses_a_dry_run(tmp_path: Path) -> None:
@@ -167,10 +167,11 @@ def test_time_limit_makes_slices(tmp_path: Path) -> None:
 
 def test_counted_lengths_are_exact_and_cut_rows_are_counted(client: TestClient, dataset_id: str) -> None:
     services = get_services(client)
-    rows = {name: split.rows for name, split in services.store.find_dataset(dataset_id).splits.items()}  # type: ignore[union-attr]
-    write_lengths(
-        client, dataset_id, [40] * (rows[TRAIN_SPLIT] + rows[EVAL_SPLIT]), split_tokens={name: 40 * n for name, n in rows.items()}
-    )
+    dataset = services.store.find_dataset(dataset_id)
+    assert dataset is not None
+    rows = {name: split.rows for name, split in dataset.splits.items()}
+    split_tokens = {name: 40 * count for name, count in rows.items()}
+    write_lengths(client, dataset_id, [40] * dataset.rows, split_tokens=split_tokens)
     plan = dry_run(client, make_request_body_with_config(dataset_id, "hyperparameters", epochs=3, batch_size=1))
     assert plan["tokens"] | {"note": ""} == {
         "per_epoch": 40 * rows[TRAIN_SPLIT],
@@ -225,16 +226,10 @@ def test_stored_base_tells_its_size(tmp_path: Path) -> None:
 
 def test_mixed_datasets_count_the_rows_that_an_epoch_takes() -> None:
     datasets = [make_dataset(f"dataset_{n}", splits={TRAIN_SPLIT: make_split(rows)}) for n, rows in enumerate((100, 300))]
-    weighted = [{"dataset": dataset, "weight": 1.0} for dataset in datasets]
-    request = JobFacts(None, tuple(map(_weigh, weighted)), (None, None))
+    weighted = [WeightedDataset(dataset=dataset) for dataset in datasets]
+    request = JobFacts(None, tuple(weighted), (None, None))
     facts = read_llm_facts(make_llm_config(), request)
     assert facts.train.rows == 400
-
-
-def _weigh(fields: dict[str, Any]) -> Any:
-    from schema.dataset import WeightedDataset
-
-    return WeightedDataset(**fields)
 
 
 def make_split(rows: int) -> Split:
@@ -243,7 +238,7 @@ def make_split(rows: int) -> Split:
 
 def test_kto_learns_both_answers_of_a_pair() -> None:
     dataset = make_dataset(dataset_type="preference", splits={TRAIN_SPLIT: make_split(10)})
-    facts = JobFacts(None, (_weigh({"dataset": dataset}),), (None,))
+    facts = JobFacts(None, (WeightedDataset(dataset=dataset),), (None,))
     assert read_llm_facts(make_llm_config("kto"), facts).train.rows == 20
     assert read_llm_facts(make_llm_config("dpo"), facts).train.rows == 10
 
@@ -353,7 +348,7 @@ def test_word_that_is_not_auto_is_refused(client: TestClient, dataset_id: str) -
 def test_cheapest_hardware_that_fits_comes_first() -> None:
     planner = find_planner(make_llm_config())
     assert planner is not None
-    facts = JobFacts(None, (_weigh({"dataset": make_dataset(splits={TRAIN_SPLIT: make_split(5000)})}),), (None,))
+    facts = JobFacts(None, (WeightedDataset(dataset=make_dataset(splits={TRAIN_SPLIT: make_split(5000)})),), (None,))
     offers = [make_offer(each) for each in (CPU, H200, L4)]
     resolution = choose_hardware(planner, make_llm_config(), facts, offers)
     assert resolution.hardware == ["cloud-run/l4", "cloud-run/cpu", "cloud-run/h200"]  # the last one's price is not known
@@ -398,6 +393,18 @@ def test_stored_base_of_an_unknown_name_is_checked(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit):
         place(make_config(base_model_id="someone/large"), "l4", LauncherPool([launcher]), base=base)
     place(make_config(base_model_id="someone/large"), "l4", LauncherPool([launcher]))
+
+
+def test_several_gpus_share_what_does_not_fit_into_one(tmp_path: Path) -> None:
+    body = {"base_model_id": "google/gemma-3-4b-it", "method": "Full", "hyperparameters": {"batch_size": 1, "max_seq_length": 512}}
+    fits: dict[int, str] = {}
+    for gpus in (1, 8):
+        launcher = FakeLauncher("fake", ["gpu", "h200"])
+        launcher.profiles = {"h200": H200, "gpu": replace(L4, name="gpu", gpus=gpus, gpu_memory_bytes=40 * GIB)}
+        harness = JobsHarness(tmp_path / str(gpus), launchers=[launcher])
+        plan = harness.jobs.submission.dry_run(PRINCIPAL, make_train_request(training_config=body, hardware="h200"))
+        fits[gpus] = next(each.fit for each in plan.profiles if each.hardware == "fake/gpu")
+    assert fits == {1: "does_not_fit", 8: "fits_with_gradient_checkpointing"}
 
 
 # --- warnings ---
@@ -476,12 +483,12 @@ def test_report_of_a_dataset_is_told() -> None:
         warnings=("half of the answers are empty",),
     )
     dataset = make_dataset(report=report)
-    found = find_data_warnings([_weigh({"dataset": dataset})])
+    found = find_data_warnings([WeightedDataset(dataset=dataset)])
     assert [each.message.partition(": ")[2].split(" ", 1)[0] for each in found] == ["3", "1", "2", "half"]
     assert {each.param for each in found} == {"processed_dataset_id"}
     without = make_dataset(splits={TRAIN_SPLIT: make_split(3)})
-    assert "no rows are held out" in find_data_warnings([_weigh({"dataset": without})])[0].message
-    assert find_data_warnings([_weigh({"dataset": make_dataset()})]) == ()
+    assert "no rows are held out" in find_data_warnings([WeightedDataset(dataset=without)])[0].message
+    assert find_data_warnings([WeightedDataset(dataset=make_dataset())]) == ()
 
 
 def test_rows_of_the_harness_are_planned(client: TestClient) -> None:

@@ -119,7 +119,7 @@ def test_training_is_extended_in_its_own_unit() -> None:
     assert _extend_training(DETECTOR, RetryRequest(epochs=200)).hyperparameters.epochs == 200  # type: ignore[call-arg]
     with pytest.raises(InvalidRequest, match="counted in epochs; max_steps would not be used"):
         _extend_training(DETECTOR, RetryRequest(max_steps=200))  # type: ignore[call-arg]
-    with pytest.raises(InvalidRequest, match="the length of a tabular job cannot change"):
+    with pytest.raises(InvalidRequest, match="the length of this job cannot change"):
         _extend_training(TABULAR, RetryRequest(epochs=200))  # type: ignore[call-arg]
 
 

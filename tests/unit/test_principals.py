@@ -38,6 +38,7 @@ def test_there_are_verbs_of_every_service() -> None:
     assert {name.partition(".")[0] for name in VERBS} == {
         *("Submission", "JobControl", "Exports", "JobQueries", "JobMetrics", "Deletion", "Attempts", "Reconciliation"),
         *("CheckpointRetention", "StorageQueries", "ModelRegistry", "Datasets", "DatasetIngestion", "IncomingFiles", "TokenCounts"),
+        "Ingestions",
     }
     assert set(VERBS) > INTERNAL
 

@@ -161,7 +161,7 @@ class _Table:
             except csv.Error as error:
                 if lines.lines > 1 and "end of data" in str(error):  # it took the rows after it with it
                     raise self._part.refuse(f"row {number} {_explain(error, self._max_characters)}") from error
-                yield self._part.problem(number, _explain(error, self._max_characters), "not_csv", is_row=True)
+                yield self._part.problem(number, _explain(error, self._max_characters), "unreadable", is_row=True)
                 continue
             values = [cell or None for cell in cells]
             if len(cells) == width:

@@ -28,8 +28,9 @@ def choose_encoding(sample: bytes, options: IngestOptions) -> str:
     if options.encoding:
         try:
             info = codecs.lookup(options.encoding)
-            "".encode(options.encoding)  # raises LookupError for codecs such as hex, which are not of text
-        except LookupError as error:
+            # Codecs such as hex, which are not of text, raise LookupError; others that decode no file raise UnicodeError.
+            io.TextIOWrapper(io.BytesIO(b"\n\n\n\n"), options.encoding, errors="replace").read()
+        except (LookupError, UnicodeError) as error:
             raise InvalidInput(
                 f"no encoding {options.encoding!r}", "some that are known: utf-8, utf-16, cp1252, latin-1, gb18030", "encoding"
             ) from error

@@ -14,8 +14,9 @@ from jobs.ingest.formats.parts import Part
 from jobs.ingest.formats.reader import Reader
 from jobs.ingest.records import InvalidInput, Record
 from jobs.ingest.rows.forms import EXPECTED_ROW
+from jobs.ingest.rows.json_errors import LINE_RULE, describe_mistake
 from jobs.ingest.rows.size import DATA_URI_PATTERN, describe_long_row
-from jobs.ingest.rows.values import DECODER, InvalidValue, JsonObject, as_object, preview
+from jobs.ingest.rows.values import DECODER, InvalidValue, JsonObject, ProblemCode, describe_type, parse_plain, preview
 from schema.ingestion import IngestLimits, IngestOptions, RowProblem
 
 MAX_KEY_CHARACTERS = 1000
@@ -65,7 +66,9 @@ class _Document:
         except NotJson as error:
             raise self._part.refuse(str(error), EXPECTED_FILE) from error
         except EndOfText:
-            yield self._problem("the file ends before this row does: a bracket or quotation mark is missing, or it was cut off", "cut_off")
+            yield self._problem(
+                "the file ends before this row does: a bracket or quotation mark is missing, or it was cut off", "unreadable"
+            )
 
     def _iter_list(self) -> Iterator[Record | RowProblem]:
         """The objects of a list whose opening bracket is read."""
@@ -85,26 +88,29 @@ class _Document:
         return self._parse(value)
 
     def _parse(self, value: Value) -> Record | RowProblem:
-        if len(value.text) > self._limits.max_row_bytes:
-            content = value.text.encode("utf-8", "surrogatepass")
+        content = value.text.encode("utf-8", "surrogatepass")
+        if len(content) > self._limits.max_row_bytes:
             image_bytes = sum(match.end() - match.start() for match in DATA_URI_PATTERN.finditer(content))
             if len(content) - image_bytes > self._limits.max_row_bytes:
                 return self._problem(describe_long_row(self._limits, has_images=image_bytes > 0), "too_long")
         try:
-            return self._make_record(DECODER.decode(value.text))
+            return self._make_record(parse_plain(content) or DECODER.decode(value.text))
         except json.JSONDecodeError as error:
-            return self._problem(f"not JSON in line {value.line + error.lineno - 1:,} of the file: {error.msg}", "not_json")
+            mistake = describe_mistake(error.doc, error.pos, error.msg).removesuffix(LINE_RULE)
+            return self._problem(f"not JSON in line {value.line + error.lineno - 1:,} of the file: {mistake}", "not_json")
         except RecursionError:
-            return self._problem(f"nested too deeply; {EXPECTED_ROW}", "invalid")
+            return self._problem(f"nested too deeply; {EXPECTED_ROW}", "nested_too_deeply")
         except InvalidValue as error:
             return self._problem(error.reason, error.code, error.field)
 
     def _make_record(self, value: object) -> Record:
-        row = as_object(value, "", EXPECTED_ROW)
+        if not isinstance(value, dict):
+            raise InvalidValue("", f"is {describe_type(value)}, not an object; {EXPECTED_ROW}", "not_object")
+        row = cast(JsonObject, value)
         self._number += 1
         return Record(self._number, row, self._part.label)
 
-    def _problem(self, reason: str, code: str, field: str = "") -> RowProblem:
+    def _problem(self, reason: str, code: ProblemCode, field: str = "") -> RowProblem:
         self._number += 1
         return self._part.problem(self._number, reason, code, field=field, is_row=True)
 

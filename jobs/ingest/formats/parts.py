@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from jobs.ingest.records import InvalidInput
+from jobs.ingest.rows.values import ProblemCode
 from schema.ingestion import IngestLimits, RowProblem
 
 SAMPLE_BYTES = 1 << 16  # of a part, by which its format is recognized
@@ -96,7 +97,7 @@ class Part:
         """The error that this part cannot be read; the message continues its name."""
         return InvalidInput(f"{self.label or self.name} {message}", hint, param)
 
-    def problem(self, line: int, reason: str, code: str, *, field: str = "", is_row: bool = False) -> RowProblem:
+    def problem(self, line: int, reason: str, code: ProblemCode, *, field: str = "", is_row: bool = False) -> RowProblem:
         """What is wrong with one of its rows."""
         return RowProblem(part=self.label, line=line, unit="row" if is_row else "line", field=field, reason=reason, code=code)
 

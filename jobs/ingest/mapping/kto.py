@@ -31,6 +31,6 @@ def recognize(sample: Sample) -> Reading | None:
 
 
 def _is_label(sample: Sample, column: str) -> bool:
-    """Whether most values are labels; the others are errors of their rows."""
+    """Whether most values are labels. The others are errors of their rows: without their labels, bad answers would be learned as good."""
     values = sample.values(column)
-    return sum(find_label(value) is not None for value in values) * 2 > len(values)
+    return 2 * sum(find_label(value) is not None for value in values) > len(values)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import orjson
 
-from jobs.ingest.records import InvalidInput
 from jobs.ingest.reports.findings import FindingCounter
 from jobs.ingest.reports.languages import LanguageCounter
 from jobs.ingest.reports.near_duplicates import NearDuplicateFinder
@@ -100,10 +99,11 @@ class _ReportBuilder:
         if tokenizer_folder is None or self._options.base_model_id is None:
             return None
         from jobs.ingest.reports.token_lengths import TokenCounter, TokenTotals
+        from jobs.ingest.reports.tokenizer_files import UnusableTokenizer
 
         try:
             return TokenCounter(self._splits, self._options.base_model_id, tokenizer_folder), TokenTotals()
-        except InvalidInput as error:
+        except UnusableTokenizer as error:
             self._token_problem = f"tokens were not counted: {error.problem.message}; {error.problem.hint}"
             return None
 

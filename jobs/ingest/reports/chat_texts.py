@@ -180,24 +180,24 @@ Renderer = TemplateRenderer | NeutralRenderer
 
 
 class AnswerFinder:
-    """Finds the answers in rendered conversations, by what the renderer writes before and after an answer."""
+    """Finds the answers in rendered conversations, by what the renderer writes before and after an answer.
+
+    `ending` is what ends an answer, without spaces; empty if that is not known.
+    """
 
     def __init__(self, renderer: Renderer) -> None:
-        self._opening = self._ending = None
+        self._opening: str | None = None
+        self._lead = self.ending = ""
         try:
             (plain,) = renderer.render([Conversation(TEST_CONVERSATION[:1])])
             (asked,) = renderer.render([Conversation(TEST_CONVERSATION[:1], asks=True)])
             (answered,) = renderer.render([Conversation(TEST_CONVERSATION)])
         except TemplateProblem:  # a template that requires a system message, for example
             return
-        if asked.startswith(plain) and answered.startswith(asked) and asked != plain:
-            self._opening = asked[len(plain) :]
-            self._ending = answered.rpartition(ANSWER)[2].rstrip()
-
-    @property
-    def ending(self) -> str:
-        """What ends an answer, without spaces; empty if that is not known."""
-        return self._ending or ""
+        if answered.startswith(asked):
+            self._opening = asked[_count_shared_start(asked, plain) :] or answered.partition(QUESTION)[2].partition(ANSWER)[0] or None
+            lead, _, ending = answered[len(asked) :].partition(ANSWER)
+            self._lead, self.ending = lead, ending.rstrip()
 
     def find(self, conversation: Conversation, text: str) -> tuple[tuple[int, int], ...] | None:
         """The spans to learn; None if they cannot be found."""
@@ -222,8 +222,9 @@ class AnswerFinder:
 
     def _find_end(self, text: str, start: int, content: str) -> int:
         """Where an answer ends, with its end of turn and the spaces after it; -1 if it is not there."""
+        after_lead = start + len(self._lead) if text.startswith(self._lead, start) else start
         for said in (content, content.strip()):
-            found = text.find(said, start)
+            found = text.find(said, after_lead)
             if found >= 0:
                 break
         else:
@@ -274,6 +275,11 @@ def _read_content(message: Message) -> str:
     if any(part.get("type") != "text" for part in content):
         raise TemplateProblem("it has no images")
     return "".join(part["text"] for part in content)
+
+
+def _count_shared_start(one: str, other: str) -> int:
+    """How many characters two texts have in common at their start."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _has_contents(conversation: Conversation, text: str) -> bool:

@@ -22,7 +22,6 @@ class ControlTokens:
         self._lengths: dict[str, list[int]] = {}
         for first in {text[0] for text in self._texts}:
             self._lengths[first] = sorted({len(text) for text in self._texts if text[0] == first}, reverse=True)
-        self._counts: dict[str, int] = {}
 
     def hide(self, value: Any) -> Any:  # noqa: ANN401  # a value of JSON, and the same kind of value
         """A string, or the strings in lists and objects, with hidden control tokens. The same object where there are none."""
@@ -42,13 +41,23 @@ class ControlTokens:
 
     def count(self, backend: "Tokenizer", text: str) -> int:
         """The tokens of a text, in which hidden ones are text."""
-        position = count = 0
-        for found in self._hidden_pattern.finditer(text):
-            token = self._find_at(text, found.start())
-            if token:  # otherwise it is a private character that the row itself has
-                count += _count_plain(backend, text[position : found.start()]) + self._count_token(backend, token)
-                position = found.start() + len(token)
-        return count + _count_plain(backend, text[position:])
+        count = start = position = 0
+        while found := self._first_pattern.search(text, position):
+            token = self._match(text, found.start())
+            position = found.start() + len(token or " ")
+            if token:  # one of the template: no other token crosses it
+                count += self._count_piece(backend, text[start : found.start()]) + 1
+                start = position
+        return count + self._count_piece(backend, text[start:])
+
+    def _count_piece(self, backend: "Tokenizer", text: str) -> int:
+        """The tokens of a text without control tokens besides hidden ones."""
+        if not text:
+            return 0
+        backend.encode_special_tokens = True
+        count = len(backend.encode(text.translate(self._first_characters), add_special_tokens=False))
+        backend.encode_special_tokens = False
+        return count
 
     def _hide_in_text(self, text: str) -> str:
         if not any(first in text for first in self._lengths):
@@ -68,18 +77,6 @@ class ControlTokens:
         lengths = self._lengths[text[position]]
         return next((text[position : position + n] for n in lengths if text[position : position + n] in self._texts), "")
 
-    def _find_at(self, text: str, position: int) -> str:
-        first = next(first for first, hidden in self._hidden.items() if hidden == text[position])
-        longest = first + text[position + 1 : position + self._lengths[first][0]]
-        return self._match(longest, 0)
-
-    def _count_token(self, backend: "Tokenizer", token: str) -> int:
-        if token not in self._counts:
-            backend.encode_special_tokens = True
-            self._counts[token] = len(backend.encode(token, add_special_tokens=False))
-            backend.encode_special_tokens = False
-        return self._counts[token]
-
     @cached_property
     def _hidden(self) -> dict[str, str]:
         return {first: chr(HIDDEN + n) for n, first in enumerate(sorted(self._lengths))}
@@ -89,9 +86,5 @@ class ControlTokens:
         return re.compile("|".join(map(re.escape, sorted(self._lengths))))
 
     @cached_property
-    def _hidden_pattern(self) -> re.Pattern[str]:
-        return re.compile("|".join(self._hidden.values()))
-
-
-def _count_plain(backend: "Tokenizer", text: str) -> int:
-    return len(backend.encode(text, add_special_tokens=False)) if text else 0
+    def _first_characters(self) -> dict[int, str]:
+        return {ord(hidden): first for first, hidden in self._hidden.items()}

@@ -25,7 +25,7 @@ class RowTexts(NamedTuple):
     @property
     def everything(self) -> str:
         """All texts."""
-        return "\n".join((self.system or "", *self.spoken, *self.columns))
+        return "\n".join(filter(None, (self.system, *self.spoken, *self.columns)))
 
     @property
     def characters(self) -> int:

@@ -3,6 +3,7 @@
 A text of a control token in a row stays text, as in a training. Rows are encoded in batches, on all cores.
 """
 
+import json
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,8 +11,6 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import orjson
 
 from jobs.ingest.reports.chat_texts import (
     AnswerFinder,
@@ -49,7 +48,7 @@ class RowTokens(NamedTuple):
 
 
 def count_tokens(splits: Mapping[str, Path], base_model_id: str, tokenizer_folder: Path, max_seq_length: int | None = None) -> TokenLengths:
-    """Count the tokens of every row. Raises InvalidInput if the tokenizer cannot be read."""
+    """Count the tokens of every row. Raises UnusableTokenizer if the tokenizer cannot be read."""
     counter = TokenCounter(splits, base_model_id, tokenizer_folder)
     totals = TokenTotals()
     for split, path in splits.items():
@@ -91,6 +90,8 @@ class TokenCounter:
         self._renderer = self._choose_renderer(sample)
         self._finder = AnswerFinder(self._renderer) if self._renderer else None
         self._keeps_control_tokens = self._are_rendered_texts(sample)
+        self._in_pieces = self._depend_on_answers(sample)
+        self._problems.clear()  # of the sample; its rows are counted with the others
 
     def count(self, rows: Sequence[Row]) -> list[RowTokens]:
         """The tokens of each row."""
@@ -142,8 +143,23 @@ class TokenCounter:
         ending = self._finder.ending.strip() if self._finder else ""
         return bool(texts and self._tokenizer.chat_template and ending) and all(ending in text for text in texts)
 
+    def _depend_on_answers(self, sample: Sequence[Row]) -> bool:
+        """Whether the tokens of a prompt depend on the answer, so that a training tokenizes them apart."""
+        conversations = [self._hide(each) for row in sample for each in _iter_conversations(row)]
+        for chat in self._render(conversations):
+            for start, _ in (chat.spans or ()) if chat else ():
+                if chat is None or chat.text[start : start + 1].isspace():
+                    continue
+                ids, prompt = (self._backend.encode(text, add_special_tokens=False).ids for text in (chat.text, chat.text[:start]))
+                if ids[: len(prompt)] != prompt:
+                    return True
+        return False
+
     def _describe_problems(self) -> str:
-        problems = [f"{count:,} rows: {reason}" for reason, count in sorted(self._problems.items(), key=lambda item: -item[1])]
+        problems = [
+            f"{count:,} {'row' if count == 1 else 'rows'}: {reason}"
+            for reason, count in sorted(self._problems.items(), key=lambda item: -item[1])
+        ]
         if self._has_earlier_reasoning:
             problems.append("the chat template writes reasoning, which a training may render otherwise in earlier answers")
         return f"token counts are estimates ({'; '.join(problems[:3])})" if problems else ""
@@ -206,7 +222,11 @@ class TokenCounter:
     def _count_chat_text(self, chat: ChatText, encoding: "Encoding") -> RowTokens:
         spans = chat.spans
         offsets: list[tuple[int, int]] = encoding.offsets if spans else []
-        if self._control_tokens.has_hidden(chat.text) or any(_is_crossed(offsets, start) for start, _ in spans or ()):
+        if (
+            (spans and self._in_pieces)
+            or self._control_tokens.has_hidden(chat.text)
+            or any(_is_crossed(offsets, start) for start, _ in spans or ())
+        ):
             return self._count_in_pieces(chat)
         learned = None if spans is None else sum(bisect_left(offsets, (end,)) - bisect_left(offsets, (start,)) for start, end in spans)
         return RowTokens(len(encoding), learned)
@@ -224,7 +244,7 @@ class TokenCounter:
         """The tokens of the contents, and what templates usually add."""
         contents = [text for message in conversation.messages for text in (read_texts({"messages": [message]}).everything,)]
         if conversation.tools:
-            contents.append(orjson.dumps(conversation.tools).decode())
+            contents.append(json.dumps(conversation.tools, ensure_ascii=False))
         encodings = self._backend.encode_batch(contents, add_special_tokens=False)
         return RowTokens(sum(len(encoding) + ESTIMATED_TURN_TOKENS for encoding in encodings), None)
 
@@ -252,7 +272,7 @@ class TokenCounter:
     def _stop_token_ids(self) -> set[object]:
         """That end a rendered conversation: what the template writes, and the tokens on which the base stops."""
         path = Path(self._tokenizer.name_or_path) / "generation_config.json"
-        listed = orjson.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
+        listed = json.loads(path.read_bytes()).get("eos_token_id") if path.is_file() else None
         ending = self._backend.encode(self._finder.ending if self._finder else "", add_special_tokens=False).ids
         return {*ending[:1], self._tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
 
@@ -272,7 +292,7 @@ def _iter_batches(path: Path) -> Iterator[list[Row]]:
     size = 0
     with path.open("rb") as lines:
         for line in lines:
-            batch.append(orjson.loads(line))
+            batch.append(json.loads(line))
             size += len(line)
             if len(batch) == BATCH_ROWS or size >= BATCH_BYTES:
                 yield batch
@@ -283,7 +303,7 @@ def _iter_batches(path: Path) -> Iterator[list[Row]]:
 
 def _read_sample(path: Path) -> list[Row]:
     with path.open("rb") as lines:
-        return [orjson.loads(line) for line in islice(lines, SAMPLE_ROWS)]
+        return [json.loads(line) for line in islice(lines, SAMPLE_ROWS)]
 
 
 def _iter_conversations(row: Row) -> Iterator[Conversation]:

@@ -4,11 +4,12 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.ingest.records import InvalidInput
+from schema.ingestion import InputProblem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+HINT = "use another base_model_id, or leave it out: then tokens are estimated"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -21,6 +22,14 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",  # has the tokens that end an answer
 )
+
+
+class UnusableTokenizer(ValueError):
+    """A tokenizer cannot be read, or cannot count."""
+
+    def __init__(self, message: str) -> None:
+        self.problem = InputProblem(message=message, hint=HINT, param="base_model_id")
+        super().__init__(message)
 
 
 def digest_tokenizer(folder: Path) -> str:
@@ -36,7 +45,7 @@ def digest_tokenizer(folder: Path) -> str:
 
 
 def load_tokenizer(folder: Path, base_model_id: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer, as a training loads it. It runs no code of the base's author. Raises InvalidInput."""
+    """The tokenizer, as a training loads it. It runs no code of the base's author. Raises UnusableTokenizer."""
     from transformers import AutoTokenizer
 
     try:
@@ -44,8 +53,7 @@ def load_tokenizer(folder: Path, base_model_id: str) -> "PreTrainedTokenizerBase
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RecursionError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         message = f"the tokenizer of {base_model_id} cannot be read: {reason.replace(str(folder), 'its folder')}"
-        raise InvalidInput(message, "use another base_model_id, or leave it out: then tokens are estimated", "base_model_id") from error
+        raise UnusableTokenizer(message) from error
     if not tokenizer.is_fast:
-        message = f"the tokenizer of {base_model_id} has no tokenizer.json, so counting its tokens would take hours"
-        raise InvalidInput(message, "use another base_model_id, or leave it out: then tokens are estimated", "base_model_id")
+        raise UnusableTokenizer(f"the tokenizer of {base_model_id} has no tokenizer.json, so counting its tokens would take hours")
     return tokenizer

@@ -5,6 +5,7 @@ import re
 
 MAX_SHOWN_CHARS = 40  # of the caller's line
 PYTHON_CONSTANTS = re.compile(r"(?:True|False|None|undefined)\b")
+LINE_RULE = "; each line is one JSON object"
 BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -17,10 +18,11 @@ def describe_decode_error(line: bytes, error: UnicodeDecodeError) -> str:
 
 def describe_json_error(error: json.JSONDecodeError) -> str:
     """Why a line is not JSON."""
-    return f"not JSON at column {error.colno}: {_describe(error.doc, error.pos, error.msg)}"
+    return f"not JSON at column {error.colno}: {describe_mistake(error.doc, error.pos, error.msg)}"
 
 
-def _describe(text: str, position: int, message: str) -> str:
+def describe_mistake(text: str, position: int, message: str) -> str:
+    """The mistake that the parser's message is about."""
     before, found = text[:position].rstrip(), text[position : position + 1]
     if "\0" in (found, text[position + 1 : position + 2]):
         return "the file looks like UTF-16; save it as UTF-8"
@@ -46,7 +48,7 @@ def _describe(text: str, position: int, message: str) -> str:
         return f"the line begins {text[:MAX_SHOWN_CHARS]!a}; each line is one JSON object, {{...}}; a table is sent with format=csv"
     if "property name" in message:
         return f"a name in double quotes must come here, not {text[position : position + MAX_SHOWN_CHARS]!a}"
-    return f"{message}, but it goes on {text[position : position + MAX_SHOWN_CHARS]!a}; each line is one JSON object"
+    return f"{message}, but it goes on {text[position : position + MAX_SHOWN_CHARS]!a}{LINE_RULE}"
 
 
 def _describe_rest(rest: str) -> str:

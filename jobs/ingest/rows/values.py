@@ -26,6 +26,7 @@ which reports count:
     image_not_allowed       an image where only text may be
     images_and_tools        both in one dataset
     mixed_forms             the row differs in form from the first one
+    ragged                  a row of a table that does not fit its header
     unreadable              of a table or archive: a record that its reader cannot decode
 """
 
@@ -67,6 +68,7 @@ ProblemCode = Literal[
     "image_not_allowed",
     "images_and_tools",
     "mixed_forms",
+    "ragged",
     "unreadable",
 ]
 JsonObject = dict[str, object]

@@ -52,7 +52,8 @@ class CloudStorageUrlSigner:
 
     def sign_upload(self, key: str, size_bytes: int, expires_s: int) -> SignedUpload:
         headers = {"x-goog-content-length-range": f"0,{size_bytes}"}
-        return SignedUpload(self._sign(key, expires_s, method="PUT", headers=headers), headers)
+        url = self._sign(key, expires_s, method="PUT", headers=dict(headers))  # a copy: the library adds the header Host
+        return SignedUpload(url, headers)
 
     def close(self) -> None:
         """Close the connections."""

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from schema.dataset import UNKNOWN_TYPE, Dataset, Split
-from schema.ingestion import IngestedRows, IngestLimits, IngestOptions, IngestOutcome, IngestTask, InputFile, RowProblem
+from schema.ingestion import (
+    MAX_REPORTED_PROBLEMS,
+    IngestedRows,
+    IngestLimits,
+    IngestOptions,
+    IngestOutcome,
+    IngestTask,
+    InputFile,
+    RowProblem,
+)
 from schema.job import Job
 from schema.placement import Hardware
 from service.core.datasets.incoming import IncomingFiles
@@ -136,8 +145,8 @@ class DatasetIngestion:
                 message = f"checking {upload.filename} takes longer than {self._wait_s:g} seconds"
                 hint = 'check a part of it, or let POST /datasets read it with on_invalid "drop": its report says what was dropped'
                 raise TooLarge(message, hint=hint, param="incoming" if upload.incoming else "file") from None
-        if outcome.refused:
-            raise InvalidDataset(outcome.refused.message, hint=outcome.refused.hint, param=outcome.refused.param)
+        if outcome.refused and not outcome.rows_read:
+            raise describe_refusal(outcome)
         return outcome
 
     def _new_dataset(self, principal: Principal, upload: Upload) -> Dataset:
@@ -250,21 +259,30 @@ def complete_dataset(dataset: Dataset, outcome: IngestOutcome, rows: IngestedRow
 
 def _require_rows(outcome: IngestOutcome) -> IngestedRows:
     """The rows that were kept. Raises InvalidDataset with what is wrong with the file, or with each of its first invalid rows."""
-    if outcome.refused:
-        raise InvalidDataset(outcome.refused.message, hint=outcome.refused.hint, param=outcome.refused.param)
     if outcome.rows is None:
-        raise describe_problems(outcome)
+        raise describe_refusal(outcome)
     return outcome.rows
 
 
-def describe_problems(outcome: IngestOutcome) -> InvalidDataset:
-    """The error for a file with invalid rows: one problem for each of the first ones, and how to see the others."""
-    count = outcome.problem_count
-    rows = f"all {count:,} rows that are not valid" if count > 1 else "what is not valid"
-    hint = f'POST /datasets/check with the same fields lists {rows}; on_invalid "drop" keeps the others'
-    first, *others = [_invalid_row(problem) for problem in outcome.problems[:MAX_TOLD_PROBLEMS]]
-    first.hint, first.others = hint, tuple(others)
-    return first
+def describe_refusal(outcome: IngestOutcome) -> InvalidDataset:
+    """The error for a file that is not kept: what is wrong with it as a whole, then each of the first invalid rows."""
+    problems = [_invalid_row(problem) for problem in outcome.problems[:MAX_TOLD_PROBLEMS]]
+    if outcome.refused:
+        refused = outcome.refused
+        problems = [InvalidDataset(refused.message, hint=refused.hint, param=refused.param), *problems]
+    else:
+        problems[0].hint = _describe_check(outcome)
+    problems[0].others = tuple(problems[1:])
+    return problems[0]
+
+
+def _describe_check(outcome: IngestOutcome) -> str:
+    """How to learn of all invalid rows, and what else to do with them."""
+    count = f"{outcome.problem_count:,}{' or more' if outcome.stopped_early else ''}"
+    if outcome.problem_count == 1:
+        return 'correct it, or send on_invalid "drop" to keep the other rows'
+    listed = "all" if outcome.problem_count <= MAX_REPORTED_PROBLEMS else f"the first {MAX_REPORTED_PROBLEMS:,} of"
+    return f'POST /datasets/check with the same fields lists {listed} {count} rows that are not valid; on_invalid "drop" keeps the others'
 
 
 def _invalid_row(problem: RowProblem) -> InvalidDataset:

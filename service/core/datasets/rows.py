@@ -8,9 +8,9 @@ from itertools import islice
 from typing import cast
 
 from schema.dataset import Split
+from schema.ingestion import INDEX_INTERVAL_ROWS
 from storage import ObjectStore
 
-INDEXED_ROWS = 256  # an index has the byte offset of every 256th row
 OFFSET_BYTES = 8
 READ_BYTES = 8 << 20  # of one read: a page of text lies in much less, one of images may need several
 MAX_PAGE_BYTES = 4 << 20  # of the rows as they are shown; a page has at least one row
@@ -46,9 +46,9 @@ def _iter_lines(objects: ObjectStore, split: Split, offset: int) -> Iterator[byt
         with objects.open_read(split.key) as stream:
             yield from islice(stream, offset, None)
         return
-    block = offset // INDEXED_ROWS
+    block = offset // INDEX_INTERVAL_ROWS
     start, end = _read_block(objects, split, block)
-    yield from islice(_iter_range(objects, split, start, end), offset - block * INDEXED_ROWS, None)
+    yield from islice(_iter_range(objects, split, start, end), offset - block * INDEX_INTERVAL_ROWS, None)
 
 
 def _read_block(objects: ObjectStore, split: Split, block: int) -> tuple[int, int]:

@@ -32,13 +32,12 @@ class LlmFacts:
     size_from: SizeSource
     train: RowLengths  # of an epoch, before truncation; of a pair the longer sequence
     held_out: RowLengths
-    counted: tuple[TokenLengths, ...]  # of the datasets whose tokens were counted
     max_positions: int | None = None  # of the base; None: not known
 
     @property
     def is_counted(self) -> bool:
-        """Whether all tokens were counted by the base's tokenizer."""
-        return self.train.exact
+        """Whether the rows' tokens were counted by the base's tokenizer."""
+        return bool(self.train.top)
 
 
 def read_llm_facts(config: LlmTrainingConfig, facts: JobFacts) -> LlmFacts:
@@ -51,17 +50,14 @@ def read_llm_facts(config: LlmTrainingConfig, facts: JobFacts) -> LlmFacts:
     parts: list[RowLengths] = []
     held_out: list[RowLengths] = []
     for each, lengths, rows in zip(facts.datasets, facts.token_lengths, taken, strict=True):
-        known = _read_lengths(each.dataset, lengths)
-        parts.append(known.resize(rows * copies))
-        eval_rows = each.dataset.splits[EVAL_SPLIT].rows if EVAL_SPLIT in each.dataset.splits else 0
-        held_out.append(known.resize(eval_rows))
+        parts.append(_read_lengths(each.dataset, lengths, TRAIN_SPLIT).resize(rows * copies))
+        held_out.append(_read_lengths(each.dataset, lengths, EVAL_SPLIT))
     positions = facts.base.config.get("max_position_embeddings") if facts.base else None
     return LlmFacts(
         model=model,
         size_from=size_from,
         train=merge_lengths(parts),
         held_out=merge_lengths(held_out),
-        counted=tuple(lengths for lengths in facts.token_lengths if lengths is not None),
         max_positions=positions if isinstance(positions, int) and positions > 0 else None,
     )
 
@@ -177,11 +173,16 @@ def make_export_plan(config: LlmTrainingConfig, model: ModelShape) -> ExportPlan
     )
 
 
-def _read_lengths(dataset: Dataset, lengths: TokenLengths | None) -> RowLengths:
-    """The lengths of a dataset's rows: counted, or guessed from its characters or from its size."""
+def _read_lengths(dataset: Dataset, lengths: TokenLengths | None, split: str) -> RowLengths:
+    """The lengths of the rows of a split: counted, or guessed from the characters of all rows or from their size."""
+    rows = dataset.splits[split].rows if split in dataset.splits else 0
     if lengths is not None and lengths.rows:
-        return read_histogram(lengths.histogram, lengths.total_tokens, lengths.longest, exact=lengths.exact)
-    rows = max(1, dataset.rows)
+        counted = read_histogram(lengths.histogram, lengths.total_tokens, lengths.longest, exact=lengths.exact)
+        of_split = counted.resize(rows)
+        if split not in lengths.split_tokens:
+            return of_split
+        clipped = tuple((int(limit), tokens) for limit, tokens in lengths.clipped_tokens.items()) if split == TRAIN_SPLIT else ()
+        return replace(of_split.scale_to(lengths.split_tokens[split]), exact=lengths.exact, clipped=clipped)
     if dataset.report is not None and dataset.report.characters:
-        return guess_lengths(rows, dataset.report.characters)
-    return guess_lengths(rows, TEXT_SHARE * sum(split.size_bytes for split in dataset.splits.values()))
+        return guess_lengths(rows, dataset.report.characters * rows / max(1, dataset.rows))
+    return guess_lengths(rows, TEXT_SHARE * (dataset.splits[split].size_bytes if split in dataset.splits else 0))

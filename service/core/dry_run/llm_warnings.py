@@ -15,7 +15,7 @@ HYPERPARAMETERS = f"{PATH}.hyperparameters"
 USUAL_FACTOR = 20.0
 MANY_EPOCHS, FEW_ROWS = 10, 500
 USUAL_ALPHA_PER_RANK = (0.25, 4.0)
-MUCH_LONGER = 4  # times the longest row
+MUCH_LONGER, SHORT_LENGTH = 4, 512  # times the longest row; a length that is never too long
 MAX_TRUNCATED_SHARE = 0.05
 FEW_BLOCKS_PER_STEP = 2
 USUAL_BETA = (0.01, 0.5)
@@ -55,7 +55,8 @@ def _check_length(config: LlmTrainingConfig, facts: LlmFacts, steps: StepPlan) -
         message += f"; the longest has {rows.longest} tokens"
         yield f"{HYPERPARAMETERS}.max_seq_length", message, 'raise it, or send "auto"'
     reserved = config.hyperparameters.max_completion_length if isinstance(config, GrpoConfig) else 0
-    if max_length > MUCH_LONGER * (rows.longest + reserved) and not config.hyperparameters.packing:
+    is_sent = "max_seq_length" in config.hyperparameters.model_fields_set and max_length > SHORT_LENGTH
+    if is_sent and max_length > MUCH_LONGER * (rows.longest + reserved) and not config.hyperparameters.packing:
         message = f"max_seq_length {max_length} is much longer than the longest row, of {rows.longest} tokens"
         yield (
             f"{HYPERPARAMETERS}.max_seq_length",

@@ -155,7 +155,7 @@ def _extend_training(config: JobConfig, request: ContinuationOptions) -> JobConf
             continue
         unit = config.length_unit
         if unit is None:
-            message, hint = f"the length of a {config.trainer_type} job cannot change", f"leave {name} out"
+            message, hint = f"the length of this job cannot change: it has trainer_type {config.trainer_type!r}", f"leave {name} out"
         elif name != unit:
             message, hint = f"the length of this job is counted in {unit}; {name} would not be used", f"raise {unit}"
         elif requested < (planned := getattr(hyperparameters, name)):

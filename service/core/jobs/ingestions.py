@@ -5,7 +5,6 @@ reports what it found. The service then writes the record of the ready dataset, 
 in between leaves a job that is not complete, so the result is applied again.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -13,17 +12,18 @@ from collections.abc import Callable, Mapping
 from typing import cast
 
 from schema.dataset import Dataset, Split
-from schema.ingestion import IngestLimits, IngestOptions, WrittenSplit
+from schema.ingestion import MAX_REPORTED_PROBLEMS, IngestLimits, IngestOptions, IngestOutcome, RowProblem, WrittenSplit
 from schema.job import Failure, Job, Status
 from schema.placement import Hardware, Placement
 from schema.result import Ingested, Result
 from schema.sources import INCOMING_PREFIX, InvalidSource, Source, WebSource, parse_source
-from schema.spec import ingestion_prefix
+from schema.spec import ingestion_prefix, problems_key
 from schema.training import IngestConfig
+from service.core.datasets.ingestion import complete_dataset
 from service.core.errors import InvalidRequest, TunesmithError, Unavailable
 from service.core.jobs.budget import Budget
 from service.core.jobs.repository import JobRepository, compute_digest
-from service.core.jobs.source_rights import OPTIONS, SourceRules, choose_rights, kind_of
+from service.core.jobs.source_rights import OPTIONS, SourceRules, choose_rights
 from service.core.launchers import LauncherPool, Offer
 from service.core.ports import Wake
 from service.core.principals import Principal, Scope
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 CREDENTIALS_SECRET = "source_credentials"  # a JSON object of secrets and options
 URL_SECRET = "source_url"  # an https URL with its query
 NO_SECRETS: Mapping[str, str] = {}
-MAX_KEPT_PROBLEMS = 100  # of rows that were dropped, in a dataset's record
+MAX_PROBLEMS_BYTES = 4 << 20
 UPLOADED = re.compile(rf"{INCOMING_PREFIX}([^/]+/)?uploads/.+")  # for one dataset alone; other files stay with whoever put them there
 
 
@@ -103,9 +103,10 @@ class Ingestions:
             updated_at=now,
             status_changed_at=now,
         )
-        stored = self._create(
-            dataset.model_copy(update={"status": "processing", "job_id": job.job_id}), job, secrets, idempotency_key, digest
-        )
+        # The query of a URL may be a signature, which no record shows.
+        shown = config.source if URL_SECRET in secrets else dataset.source
+        facts: dict[str, object] = {"status": "processing", "job_id": job.job_id, "source": shown}
+        stored = self._create(dataset.model_copy(update=facts), job, secrets, idempotency_key, digest)
         self._wake(stored.job_id)
         return stored
 
@@ -138,7 +139,7 @@ class Ingestions:
         rights, placements = "anonymous", ()
         with problems.collect():
             rights = choose_rights(source, credentials, principal.tenant_id, self._rules)
-        settings = {name: credentials.pop(name) for name in OPTIONS.get(kind_of(source), ()) if name in credentials}
+        settings = {name: credentials.pop(name) for name in OPTIONS.get(source.kind, ()) if name in credentials}
         with problems.collect():
             self._check_urls(source, settings.get("endpoint_url"))
         config = IngestConfig(
@@ -177,15 +178,38 @@ def publish_dataset(repository: JobRepository, job: Job, result: Result, dataset
 
     `result` has been checked: it is of the current attempt. Raises Unavailable, StorageError.
     """
-    ingested = result.ingested
+    ingested, job_config = result.ingested, job.training_config
+    assert isinstance(job_config, IngestConfig)
     if result.outcome != "completed" or ingested is None:
         return result
     dataset = repository.find_dataset(job.processed_dataset_id, job.tenant_id)
     problem = _find_damage(job, result.attempt, ingested, datasets)
     if problem is not None:
         return result.model_copy(update={"outcome": "failed", "failure": Failure(code="internal", message=problem)})
-    repository.store.replace_dataset(complete_dataset(dataset, result.attempt, ingested))
+    rows = ingested.outcome.rows
+    assert rows is not None
+    prefix = ingestion_prefix(dataset.processed_dataset_id, result.attempt)
+    splits = {name: _make_split(prefix, written) for name, written in rows.splits.items()}
+    ready = complete_dataset(dataset, ingested.outcome, rows, splits)
+    # An upload keeps the name that its caller gave the file.
+    source = dataset.source if dataset.source and job_config.source.startswith(INCOMING_PREFIX) else ingested.source
+    repository.store.replace_dataset(ready.model_copy(update={"source": source}))
     return result
+
+
+def read_problems(job: Job, datasets: ObjectStore) -> tuple[RowProblem, ...]:
+    """The rows for which a job has refused its source; none of a job that did not. Raises StorageError."""
+    if job.failure is None or job.failure.code != "invalid_data" or not isinstance(job.training_config, IngestConfig):
+        return ()
+    key = problems_key(job.processed_dataset_id, job.failure.attempt or len(job.attempts))
+    stored = datasets.stat(key)
+    if stored is None or stored.size_bytes > MAX_PROBLEMS_BYTES:
+        return ()
+    try:
+        return IngestOutcome.load(datasets.read(key)).problems[:MAX_REPORTED_PROBLEMS]
+    except ValueError as error:
+        log.warning("problems are not readable", extra={"job_id": job.job_id, "error": str(error).partition("\n")[0]})
+        return ()
 
 
 def delete_used_upload(job: Job, datasets: ObjectStore) -> None:
@@ -199,35 +223,9 @@ def delete_used_upload(job: Job, datasets: ObjectStore) -> None:
         log.warning("an uploaded file could not be deleted", extra={"job_id": job.job_id, "error": str(error)})
 
 
-def complete_dataset(dataset: Dataset, attempt: int, ingested: Ingested) -> Dataset:
-    """The record of the dataset with what the attempt found. Its files lie where that attempt may write."""
-    outcome, rows = ingested.outcome, ingested.outcome.rows
-    assert rows is not None
-    prefix = ingestion_prefix(dataset.processed_dataset_id, attempt)
-    splits = {name: _make_split(prefix, written) for name, written in rows.splits.items()}
-    lines = "\n".join(f"{name} {split.sha256}" for name, split in sorted(splits.items()))
-    report = outcome.report and outcome.report.model_copy(update={"problems": outcome.report.problems[:MAX_KEPT_PROBLEMS]})
-    facts: dict[str, object] = {
-        "dataset_type": rows.dataset_type,
-        "splits": splits,
-        "digest": f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}",
-        "rows_uploaded": outcome.rows_read,
-        "duplicates_dropped": rows.duplicates_dropped,
-        "images": rows.images,
-        "columns": rows.columns,
-        "prompt_form": rows.prompt_form,
-        "has_tools": rows.has_tools,
-        "has_weights": rows.has_weights,
-        "status": "ready",
-        "source": ingested.source,
-        "detected": outcome.detected,
-        "report": report,
-    }
-    return dataset.model_copy(update=facts)
-
-
 def _make_split(prefix: str, written: WrittenSplit) -> Split:
-    return Split(rows=written.rows, size_bytes=written.size_bytes, sha256=written.sha256, key=prefix + written.file)
+    index_key = None if written.index_file is None else prefix + written.index_file
+    return Split(rows=written.rows, size_bytes=written.size_bytes, sha256=written.sha256, key=prefix + written.file, index_key=index_key)
 
 
 def _find_damage(job: Job, attempt: int, ingested: Ingested, datasets: ObjectStore) -> str | None:

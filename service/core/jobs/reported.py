@@ -53,8 +53,7 @@ def _check_ingested(job: Job, result: Result) -> None:
         raise InvalidRequest(f"a dataset has the split {TRAIN_SPLIT}, and may have {EVAL_SPLIT}", param="ingested.outcome.rows")
     for name, split in rows.splits.items():
         param = f"ingested.outcome.rows.splits.{name}"
-        files = [split.file] if (index := getattr(split, "index_file", None)) is None else [split.file, index]
-        if not all(ARTIFACT_NAME.fullmatch(file) for file in files):
+        if not all(ARTIFACT_NAME.fullmatch(file) for file in (split.file, split.index_file) if file is not None):
             raise InvalidRequest("a file's name has letters, digits, '.', '_' and '-' only", param=f"{param}.file")
         if split.rows < 1 or split.size_bytes < 0:
             raise InvalidRequest("a split has rows, and a size of 0 bytes or more", param=f"{param}.rows")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from schema.sources import BucketSource, HubSource, Source, WebSource
+from schema.sources import BucketSource, HubSource, Source
 from service.core.errors import InvalidRequest
 from service.core.principals import LOCAL_TENANT
 
@@ -37,7 +37,7 @@ class SourceRules:
 
 def choose_rights(source: Source, sent: Mapping[str, str], tenant_id: str, rules: SourceRules) -> Rights:
     """Whose rights to use. Raises InvalidRequest for credentials that the source does not use, or that are incomplete."""
-    kind = kind_of(source)
+    kind = source.kind
     known = (*SECRETS.get(kind, ()), *OPTIONS.get(kind, ()))
     for name in sent:
         if name not in known:
@@ -50,19 +50,6 @@ def choose_rights(source: Source, sent: Mapping[str, str], tenant_id: str, rules
     # Another endpoint is the caller's choice; the deployment's keys are for its own.
     is_own = isinstance(source, BucketSource | HubSource) and "endpoint_url" not in sent
     return "deployment" if is_own and rules.allow(tenant_id, source) else "anonymous"
-
-
-def kind_of(source: Source) -> str:
-    """The scheme of the source; `incoming` for an object of the dataset bucket."""
-    match source:
-        case BucketSource(scheme=scheme):
-            return scheme
-        case HubSource():
-            return "hf"
-        case WebSource():
-            return "https"
-        case _:
-            return "incoming"
 
 
 def _is_below(source: Source, prefix: str) -> bool:
