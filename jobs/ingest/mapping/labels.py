@@ -46,7 +46,7 @@ def read_label(value: object, field: str) -> bool:
             raise InvalidValue(field, "is empty; write true for a good completion, false for a bad one", "empty")
         described = preview(value) if isinstance(value, str) else value.literal[:20] if isinstance(value, Number) else describe_type(value)
         known = "true and false, 1 and 0, yes and no, good and bad, thumbs_up and thumbs_down"
-        raise InvalidValue(field, f"is {described}; labels are {known}", "wrong_type")
+        raise InvalidValue(field, f"is {described}; labels are {known}", "wrong_value")
     return label
 
 
