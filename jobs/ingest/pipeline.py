@@ -202,7 +202,7 @@ class _Ingestion:
         task = self._task
         tokenizer_folder = Path(task.tokenizer_folder) if task.tokenizer_folder else None
         splits = {name: self._folder / split.file for name, split in rows.splits.items()}
-        found = build_report(splits, rows, task.options, tokenizer_folder, self._on_progress)
+        found = build_report(splits, rows, task.options, tokenizer_folder, lambda _: self._report_progress("reporting"))
         dropped = {**self._problems.counts, "duplicate": self._splitter.duplicates_dropped}
         changes = {
             "rows_read": self._rows_read,
