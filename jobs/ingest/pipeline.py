@@ -14,7 +14,10 @@ from typing import BinaryIO, Literal
 
 from jobs.ingest.formats import OpenedInput, open_input
 from jobs.ingest.mapping import SAMPLE_RECORDS, RowMapper, choose_mapper
+<<<<<<< HEAD
 from jobs.ingest.mapping.sample import make_printable
+=======
+>>>>>>> main
 from jobs.ingest.reading import PlacedRow, RowReader, parse_record, read_rows, read_rows_concurrently
 from jobs.ingest.records import InvalidInput
 from jobs.ingest.reports.build import build_report
@@ -203,7 +206,7 @@ class _Ingestion:
         task = self._task
         tokenizer_folder = Path(task.tokenizer_folder) if task.tokenizer_folder else None
         splits = {name: self._folder / split.file for name, split in rows.splits.items()}
-        found = build_report(splits, rows, task.options, tokenizer_folder, self._on_progress)
+        found = build_report(splits, rows, task.options, tokenizer_folder, lambda _: self._report_progress("reporting"))
         dropped = {**self._problems.counts, "duplicate": self._splitter.duplicates_dropped}
         changes = {
             "rows_read": self._rows_read,

@@ -183,6 +183,7 @@ def test_counted_lengths_are_exact_and_cut_rows_are_counted(client: TestClient, 
     }
     cut = dry_run(client, make_request_body_with_config(dataset_id, "hyperparameters", max_seq_length=16))
     assert cut["tokens"]["truncated_rows"] == rows[TRAIN_SPLIT]
+    assert (cut["tokens"]["exact"], cut["steps"]["exact"]) == (False, False)  # a row of whose answer nothing is left is dropped
     assert any(each["param"].endswith("max_seq_length") for each in cut["warnings"])
 
 

@@ -231,12 +231,16 @@ class LlmPlanner:
         facts, max_length = self.facts, self.config.hyperparameters.max_seq_length
         is_counted = facts.is_counted
         lengths = facts.train.truncate(max_length)
-        exact = lengths.exact and self.config.trainer_type_name() == "sft" and not self.config.hyperparameters.max_steps > 0
+        takes_all = self.config.trainer_type_name() == "sft" and self.config.hyperparameters.max_steps <= 0
+        exact = lengths.exact and takes_all and facts.train.longest <= max_length
         ask = f'POST /datasets/{{id}}/token_lengths with {{"base_model_id": "{self.config.base_model_id}"}}'
         if exact:
             note = "counted with the base's tokenizer"
         elif is_counted:
-            note = "from lengths that the base's tokenizer counted; which rows a part of an epoch takes, or how pairs divide, is estimated"
+            note = (
+                "from lengths that the base's tokenizer counted; estimated is which rows a part of an epoch takes, how pairs divide, and "
+            )
+            note += "which rows are dropped because max_seq_length leaves nothing of their answers"
         else:
             note = f"estimated from the characters of the rows; {ask} counts them"
         return PlannedTokens(
