@@ -80,7 +80,9 @@ def record_in_audit_log(handle: Handler, action: str) -> Handler:
         except Exception:
             await _record(request, action, 500, "internal", None)
             raise
-        await _record(request, action, response.status_code, None, _find_created_resource(response))
+        # A route says what it made where its answer names several things.
+        created = getattr(request.state, "created_resource", None) or _find_created_resource(response)
+        await _record(request, action, response.status_code, None, created)
         return response
 
     return handle_and_record
