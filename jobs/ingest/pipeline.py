@@ -14,10 +14,7 @@ from typing import BinaryIO, Literal
 
 from jobs.ingest.formats import OpenedInput, open_input
 from jobs.ingest.mapping import SAMPLE_RECORDS, RowMapper, choose_mapper
-<<<<<<< HEAD
 from jobs.ingest.mapping.sample import make_printable
-=======
->>>>>>> main
 from jobs.ingest.reading import PlacedRow, RowReader, parse_record, read_rows, read_rows_concurrently
 from jobs.ingest.records import InvalidInput
 from jobs.ingest.reports.build import build_report
