@@ -11,17 +11,23 @@ from cli.errors import ApiError
 from cli.http_client import Json
 
 TIMEOUT_S = 0.5  # a person waits at the prompt
-MAX_JOBS = 30
+MAX_OFFERED = 30
 
 
 def complete_jobs(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     """Ids and names of the newest jobs, and @last."""
-    rows: list[Json] = _get(context, "/jobs", limit=MAX_JOBS).get("jobs", [])
+    rows: list[Json] = _get(context, "/jobs", limit=MAX_OFFERED).get("jobs", [])
     offered = {"@last": "your newest job"}
     for row in rows:
         offered.setdefault(row["job_name"], f"{row['status']}, {row['base_model_id']}")
         offered[row["job_id"]] = f"{row['job_name']}, {row['status']}"
     return [(word, text) for word, text in offered.items() if word.startswith(incomplete)]
+
+
+def complete_datasets(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Ids of the newest datasets."""
+    rows: list[Json] = _get(context, "/datasets", limit=MAX_OFFERED).get("datasets", [])
+    return [(row["processed_dataset_id"], row["name"]) for row in rows if row["processed_dataset_id"].startswith(incomplete)]
 
 
 def complete_bases(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
@@ -44,9 +50,11 @@ def complete_methods(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_hardware(context: typer.Context, incomplete: str) -> list[str]:
-    """Profiles of every launcher."""
+    """Profiles of every launcher, and `auto`."""
     launchers: dict[str, Json] = _get(context, "/capabilities").get("launchers", {})
-    return _starting_with(incomplete, [f"{name}/{profile}" for name, launcher in launchers.items() for profile in launcher["profiles"]])
+    return _starting_with(
+        incomplete, ["auto", *(f"{name}/{profile}" for name, launcher in launchers.items() for profile in launcher["profiles"])]
+    )
 
 
 def _starting_with(incomplete: str, words: Iterable[str]) -> list[str]:

@@ -13,6 +13,10 @@ COMMANDS = {
     "GET /models/{}": "`tunesmith models show {}`",
     "GET /storage": "`tunesmith du`",
     "POST /datasets": "`tunesmith datasets upload FILE`",
+    "POST /datasets/check": "`tunesmith datasets check FILE`",
+    "POST /datasets/uploads": "`tunesmith datasets upload FILE`",
+    "GET /datasets/{}/rows": "`tunesmith datasets rows {}`",
+    "POST /datasets/{}/token_lengths": "`tunesmith datasets tokens {}`",
     "GET /datasets": "`tunesmith datasets list`",
     "GET /datasets/{}": "`tunesmith datasets show {}`",
     "DELETE /datasets/{}": "`tunesmith datasets delete {}`",
@@ -64,14 +68,37 @@ OPTIONS = {
     "training_config.export_config.include_lora_gguf": "--lora-gguf",
     "training_config.export_config.hf_repo_id": "--to-hub",
     "secrets.wandb_api_key": "--wandb-api-key",
+    "base_model_id": "--base",
+    "max_seq_length": "--max-length",
+    "format": "--file-format",
+    "encoding": "--encoding",
+    "delimiter": "--delimiter",
+    "sheet": "--sheet",
+    "text_unit": "--text-unit",
+    "mapping": "--mapping",
+    "on_invalid": "--drop-invalid",
+    "eval_fraction": "--eval-fraction",
+    "source_credentials": "--source-credentials",
 }
+# Advice that names a field with its value, and how the command line says the same. Each is for commands with that option.
+PHRASES = (
+    ("--drop-invalid", re.compile(r'(?:send )?on_invalid "drop"'), "--drop-invalid"),
+    ("--mapping", re.compile(r'(?P<mapping>\{"[^{}]*(?:\{[^{}]*\}[^{}]*)*\})'), r"--mapping '\g<mapping>'"),
+    ("--mapping", re.compile(r"(?:send )?(?:a|the) mapping(?: such as|:)? --mapping"), "--mapping"),
+    ("--mapping", re.compile("with the same fields"), "with the same options"),
+)
 
 _ROUTE = re.compile(r"(?P<open>`?)\b(?P<method>GET|POST|PUT|PATCH|DELETE) (?P<path>/[^\s`,;()]*[^\s`,;:.()])(?P<close>`?)")
+_COUNT_TOKENS = re.compile(r'POST /datasets/([\w{}]+)/token_lengths with \{"base_model_id": "([^"]+)"\}')
 _FIELD_NAME = re.compile(r"(?<![\w.'\"])[a-z][a-z_.]*[a-z](?![\w.])")
 
 
 def translate_hint(text: str, options: frozenset[str] = frozenset()) -> str:
     """Advice of the API, with commands for its routes, and the options of this command for its fields."""
+    text = _COUNT_TOKENS.sub(r"`tunesmith datasets tokens \1 --base \2`", text)
+    for option, phrase, translated in PHRASES:
+        if option in options:
+            text = phrase.sub(translated, text)
     return _FIELD_NAME.sub(lambda match: _translate_field(match.group(), options), _ROUTE.sub(_translate_route, text))
 
 
@@ -79,7 +106,7 @@ def get_option(param: str | None, options: frozenset[str]) -> str | None:
     """The option that sets a field of a request, if the command with these options has one."""
     if param is None:
         return None
-    option = OPTIONS.get(param) or OPTIONS.get(f"training_config.{param}")
+    option = OPTIONS.get(param) or OPTIONS.get(f"training_config.{param}") or OPTIONS.get(param.partition(".")[0])
     return option if option in options else None
 
 

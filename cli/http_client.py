@@ -99,13 +99,32 @@ class Client:
         """Create an API key. Sent once: a second try after a lost answer would leave a key that nobody knows."""
         return self._call_once(lambda: self._http.post("/keys", json=request))
 
+    def plan(self, request: Json) -> Json:
+        """What a training job would do, need, take and cost. A service from before dry runs submits it instead: then there is a job_id."""
+        return self._post_idempotent("/train?dry_run=true", request)
+
     def upload(self, file: BinaryIO, filename: str, fields: dict[str, str]) -> Json:
         """Upload a dataset as a stream."""
         return self._call_once(lambda: self._http.post("/datasets", files={"file": (filename, file)}, data=fields))
 
+    def check(self, file: BinaryIO, filename: str, fields: dict[str, str]) -> Json:
+        """Let the service check a dataset, which it does not keep."""
+        return self._call_once(lambda: self._http.post("/datasets/check", files={"file": (filename, file)}, data=fields))
+
     def import_dataset(self, fields: dict[str, str]) -> Json:
-        """Create a dataset from a file in the dataset store."""
+        """Create a dataset from a file in the dataset store, or from a source elsewhere."""
         return self._call_once(lambda: self._http.post("/datasets", data=fields))
+
+    def send_file(self, link: Json, file: BinaryIO, size_bytes: int) -> None:
+        """Send a file to a link that the service returned. Other hosts than the service do not get the credentials."""
+        url, headers = link["url"], {**link["headers"], "Content-Length": str(size_bytes)}
+        put = self._http.put if url.startswith("/") else httpx2.put
+        try:
+            response = put(url, content=file, headers=headers, timeout=TIMEOUT)
+        except httpx2.TransportError as error:
+            raise ApiError(f"the upload broke off: {error}", "repeat the command", "unreachable") from error
+        if response.is_error:
+            raise _api_error(response)
 
     def stream_events(self, job_id: str, after: int = 0) -> Iterator[Json]:
         """Yield events until the job is final, and reconnect when a connection ends. A paused job is not final.

@@ -84,10 +84,13 @@ class RootGroup(TyperGroup):
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # noqa: ANN401
         """Run the command. An error gets the options of the command, for its hints."""
+        words = tuple(ctx.args)  # after the name of the command; running it takes them away
         try:
             return super().invoke(ctx)
         except CliError as error:
             command = self.commands[ctx.invoked_subcommand or ""]
+            if isinstance(command, TyperGroup) and words:
+                command = command.commands.get(words[0], command)
             error.options = frozenset(option for parameter in command.params for option in parameter.opts)
             raise
 

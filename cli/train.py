@@ -1,10 +1,11 @@
 """The command `train`: from a file of rows, a dataset or a request to a job that is watched until it ends."""
 
+import json
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.markup import escape
@@ -23,20 +24,37 @@ from cli.export_options import (
     ToHubOption,
     build_export_config,
 )
+from cli.hints import OPTIONS
 from cli.http_client import Client, Json
 from cli.job_secrets import SecretOption
 from cli.options import EvalFractionOption, HfTokenOption, JsonOption, MaxCostOption, MaxGpuSecondsOption, MetadataOption, create_client
-from cli.output import err, print_answer
-from cli.request import build_train_request, load_request_file, parse_hardware, parse_pairs
-from cli.rows import RowsFile, UploadOptions, check_rows_file, describe_rows, find_row_warning, find_uploaded, remember_upload, upload_rows
+from cli.output import err, out, print_answer, print_json
+from cli.render.plan import describe_estimate, render_plan
+from cli.request import build_train_request, parse_hardware, parse_pairs
+from cli.row_options import (
+    DelimiterOption,
+    DropInvalidOption,
+    EncodingOption,
+    FileFormatOption,
+    MapOption,
+    MappingOption,
+    RowOptions,
+    SheetOption,
+    SourceCredentialsOption,
+    TextUnitOption,
+    build_reading,
+    build_secrets,
+)
+from cli.rows import RowsFile, find_rows, find_uploaded, is_source, remember_upload
 from cli.settings import Settings
+from cli.upload import import_source, print_dataset, upload_rows
 from cli.watch import watch_job
 
 REQUEST_SUFFIXES = (".yaml", ".yml")
-MAX_REQUEST_BYTES = 2_000_000  # YAML is slow to read, and a chat template is the longest field
-ROW_FIELDS = {"messages", "prompt", "text"}  # every row has one of them
+MAX_REQUEST_BYTES = 2_000_000  # a chat template is the longest field
+REQUEST_FIELDS = {"training_config", "base_model_id", "trainer_type", "hyperparameters", "export_config", "processed_dataset_id"}
 DATASET_PREFIX = "dataset_"
-NOT_UPLOADED = "dataset_not_uploaded_yet"  # no dataset has this id
+AUTO = "auto"  # the service chooses
 
 
 def train(
@@ -45,7 +63,8 @@ def train(
         str | None,
         typer.Argument(
             metavar="[ROWS|REQUEST|DATASET]",
-            help="A file of rows (.jsonl), a request or a training_config (.yaml, .json), or the id of a dataset.",
+            help="Rows: JSON Lines, JSON, CSV, TSV, Parquet, Arrow, XLSX or text, also as .gz, .zst, .zip or a folder, or hf://, gs://, "
+            "s3://, https://. Or a request or a training_config (.yaml, .json), or the id of a dataset.",
         ),
     ] = None,
     base: Annotated[
@@ -67,17 +86,26 @@ def train(
     learning_rate: Annotated[
         float | None, typer.Option("--lr", help="Peak learning rate, such as 1e-4. Default: by trainer and method.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per device and forward pass.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Sequences per device and forward pass, or auto.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA adapter. Default: 16.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens per row; longer rows are truncated. Default: 1024.")] = None,
+    max_length: Annotated[str | None, typer.Option(help="Tokens per row, or auto; longer rows are truncated. Default: 1024.")] = None,
     hardware: Annotated[
         str | None,
         typer.Option(
             autocompletion=complete_hardware,
-            help="Hardware profile, or several by comma in order of preference; `tunesmith capabilities` lists them.",
+            help="Hardware profile, or several by comma in order of preference, or auto; `tunesmith capabilities` lists them.",
         ),
     ] = None,
     eval_fraction: EvalFractionOption = 0.1,
+    mapping: MappingOption = None,
+    pairs: MapOption = None,
+    file_format: FileFormatOption = None,
+    encoding: EncodingOption = None,
+    delimiter: DelimiterOption = None,
+    sheet: SheetOption = None,
+    text_unit: TextUnitOption = None,
+    drop_invalid: DropInvalidOption = False,
+    source_credentials: SourceCredentialsOption = None,
     project: Annotated[str | None, typer.Option(help="Project of the job, and of rows that are uploaded.")] = None,
     metadata: MetadataOption = None,
     overrides: Annotated[
@@ -111,6 +139,10 @@ def train(
             help="Follow the job until it ends, or only print its id. Default: follow a job on rows, and any job on a terminal.",
         ),
     ] = None,
+    is_dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what the job would do, need, take and cost. Rows are uploaded, nothing else is kept."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model: upload rows, submit the job and follow it. Starts a service on this machine if none runs."""
@@ -136,9 +168,9 @@ def train(
                 "epochs": epochs,
                 "max_steps": max_steps,
                 "learning_rate": learning_rate,
-                "batch_size": batch_size,
+                "batch_size": _parse_count("batch_size", batch_size),
                 "lora_rank": rank,
-                "max_seq_length": max_length,
+                "max_seq_length": _parse_count("max_seq_length", max_length),
             },
             "export_config": build_export_config(
                 formats=formats,
@@ -153,27 +185,43 @@ def train(
         },
         overrides,
     )
-    if given.rows and (dataset or "processed_dataset_id" in request or "datasets" in request):
+    if given.has_rows and (dataset or "processed_dataset_id" in request or "datasets" in request):
         raise CliError("the rows come from both a file and a dataset", "leave out the file, or --dataset", param=source)
+    reading = build_reading(
+        mapping=mapping,
+        pairs=pairs,
+        file_format=file_format,
+        encoding=encoding,
+        delimiter=delimiter,
+        sheet=sheet,
+        text_unit=text_unit,
+        drop_invalid=drop_invalid,
+    )
+    if reading and not given.has_rows:
+        raise CliError("options say how to read a file of rows, and there is none", "name the file, or leave them out", param=source)
+    secrets = build_secrets(given.elsewhere or "", hf_token, source_credentials)
+    options = RowOptions(None, eval_fraction, request.get("project_id"), reading, secrets)
     _add_wandb_key(request["training_config"], SecretOption.of(context, "wandb_api_key", wandb_api_key))
-    should_watch = (bool(given.rows) or sys.stdout.isatty()) and not as_json if should_watch is None else should_watch
+    follows = (given.has_rows or sys.stdout.isatty()) and not as_json if should_watch is None else should_watch
     ensure_service(context, settings)
     with create_client(context) as client:
         _resolve_base(client, request["training_config"], settings)
-        if given.rows:
-            options = UploadOptions(eval_fraction=eval_fraction, project=request.get("project_id"))
-            request.setdefault("job_name", given.rows.path.stem[:128])
-            found = _get_dataset(client, given.rows, options, request, settings, is_quiet=as_json)
+        if given.has_rows:
+            request.setdefault("job_name", given.rows.label if given.rows else source)
+            found = _get_dataset(client, given, options, request, settings, is_quiet=as_json)
             request["processed_dataset_id"] = found["processed_dataset_id"]
             _complete_request(client, request, found)
         elif given.dataset_id:
             _complete_request(client, request, client.get(f"/datasets/{given.dataset_id}"))
-        job_id = client.train(request)
+        if is_dry_run:
+            _print_plan(client.plan(request), as_json)
+            return
+        job_id = _submit(client, request, shows_estimate=follows and not as_json)
         print_answer({"job_id": job_id}, as_json, job_id)
-        if should_watch and not as_json:
+        if follows and not as_json:
             for line in describe_choices(client.get(f"/jobs/{job_id}")):
                 err.print(line, style="dim", highlight=False, soft_wrap=True)
-        if should_watch:
+        if follows:
             watch_job(client, job_id, as_json)
 
 
@@ -182,17 +230,23 @@ class Source:
     """What the argument of `train` names: at most one of these."""
 
     rows: RowsFile | None = None
+    elsewhere: str | None = None  # rows that the service reads itself
     request: Path | None = None
     dataset_id: str | None = None
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether a dataset must be made first."""
+        return self.rows is not None or self.elsewhere is not None
 
 
 def _read_source(source: str | None) -> Source:
     """What the argument names. Raises CliError if that is nothing, or wrong at first sight."""
     if source is None:
         return Source()
+    if is_source(source):
+        return Source(elsewhere=source)
     path = Path(source)
-    if path.is_dir():
-        raise CliError("is a folder, not a file of rows", "to start from a model in a folder: --base", param=source)
     if not path.exists():
         if source.startswith(DATASET_PREFIX):
             return Source(dataset_id=source)
@@ -200,17 +254,28 @@ def _read_source(source: str | None) -> Source:
         raise CliError("does not exist", f"did you mean {path.with_name(near[0])}?" if near else "", param=source)
     if path.suffix.lower() in REQUEST_SUFFIXES or (path.suffix.lower() == ".json" and _is_request(path)):
         return Source(request=path)
-    return Source(rows=check_rows_file(path))
+    return Source(rows=find_rows(path))
 
 
 def _is_request(path: Path) -> bool:
-    """Whether a JSON file is one object that is no row."""
+    """Whether a JSON file is one object with fields of a request, and not rows."""
     if path.stat().st_size > MAX_REQUEST_BYTES:
         return False
     try:
-        return not ROW_FIELDS & load_request_file(path).keys()
-    except CliError:
+        content: object = json.loads(path.read_bytes())
+    except ValueError:  # also of bytes that are no text
         return False
+    return isinstance(content, dict) and bool(REQUEST_FIELDS & cast(Json, content).keys())
+
+
+def _parse_count(field: str, text: str | None) -> int | str | None:
+    """A number, or `auto`."""
+    if text is None or text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise CliError(f"{text!r} is not a whole number", f"give a number, or {AUTO}", param=field) from None
 
 
 def _add_wandb_key(training_config: Json, key: SecretOption) -> None:
@@ -236,32 +301,64 @@ def _resolve_base(client: Client, training_config: Json, settings: Settings) -> 
         raise CliError("is missing", hint, param="base_model_id")
 
 
-def _get_dataset(client: Client, rows: RowsFile, options: UploadOptions, request: Json, settings: Settings, *, is_quiet: bool) -> Json:
-    """The dataset of the rows: found again, or uploaded after the service has checked the rest of the request."""
-    dataset = find_uploaded(client, rows.path, options, settings)
-    is_new = dataset is None
-    if dataset is None:
-        _check_request(client, request, rows.trainer_type)
-        dataset = upload_rows(client, rows.path, options)
-        remember_upload(client, rows.path, options, settings, dataset["processed_dataset_id"])
+def _get_dataset(client: Client, given: Source, options: RowOptions, request: Json, settings: Settings, *, is_quiet: bool) -> Json:
+    """The dataset of the rows: found again, or made after the service has checked what it can of the request."""
+    if given.rows is None:
+        _check_request(client, request)
+        label, note = given.elsewhere or "", ""
+        dataset = import_source(client, label, options, is_quiet=is_quiet)
+    elif (dataset := find_uploaded(client, given.rows, options, settings)) is not None:
+        label, note = given.rows.name, f" (uploaded before, as {dataset['processed_dataset_id']})"
+    else:
+        _check_request(client, request)
+        label, note = given.rows.name, ""
+        dataset = upload_rows(client, given.rows, options, is_quiet=is_quiet)
+        remember_upload(client, given.rows, options, settings, dataset["processed_dataset_id"])
     if not is_quiet:
-        seen_before = "" if is_new else f" (uploaded before, as {dataset['processed_dataset_id']})"
-        err.print(f"{escape(rows.path.name)}: {describe_rows(dataset)}{seen_before}", highlight=False, soft_wrap=True)
-        if warning := find_row_warning(dataset):
-            err.print(f"[yellow]warning[/] {warning}", highlight=False, soft_wrap=True)
+        print_dataset(label, dataset, note)
     return dataset
 
 
-def _check_request(client: Client, request: Json, trainer_type: str) -> None:
-    """Let the service say what is wrong with the request before rows are uploaded for it: it refuses an unknown dataset in any case."""
-    training_config = {"trainer_type": trainer_type, **request["training_config"]}
+def _check_request(client: Client, request: Json) -> None:
+    """Let the service say what is wrong with the request before rows are sent for it: without a dataset, it refuses every request.
+
+    Where the rows decide about the trainer, fields that only some trainers have are not looked at.
+    """
+    training_config: Json = request["training_config"]
+    is_known = "trainer_type" in training_config
     try:
-        client.train({**request, "processed_dataset_id": NOT_UPLOADED, "training_config": training_config})
+        client.plan({**request, "training_config": {"trainer_type": "sft", **training_config}})
     except ApiError as error:
-        others = [problem for problem in error.problems if problem.param != "processed_dataset_id"]
+        others = [
+            problem for problem in error.problems if problem.param != "processed_dataset_id" and (is_known or problem.param in OPTIONS)
+        ]
         if others:
             first, *more = others
             raise ApiError(first.message, first.hint, error.code, error.status, first.param, more) from error
+
+
+def _submit(client: Client, request: Json, *, shows_estimate: bool) -> str:
+    """Submit the job and return its id. For a person, a dry run says first how long it takes and what it costs."""
+    if shows_estimate:
+        plan = client.plan(request)
+        if "job_id" in plan:  # a service from before dry runs has submitted the job
+            return plan["job_id"]
+        if line := describe_estimate(plan):
+            err.print(line, style="dim", highlight=False, soft_wrap=True)
+        for warning in plan["warnings"]:
+            err.print(f"[yellow]warning[/] {escape(warning['message'])}", highlight=False, soft_wrap=True)
+    return client.train(request)
+
+
+def _print_plan(plan: Json, as_json: bool) -> None:
+    if "job_id" in plan:
+        hint = f"`tunesmith cancel {plan['job_id']}` stops it"
+        raise CliError(f"the service is of a version without dry runs, and has started {plan['job_id']}", hint)
+    if as_json:
+        print_json(plan)
+        return
+    for part in render_plan(plan):
+        out.print(part, highlight=False, soft_wrap=True)
 
 
 def _complete_request(client: Client, request: Json, dataset: Json) -> None:

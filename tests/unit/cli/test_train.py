@@ -12,7 +12,8 @@ from cli.choices import choose_trainer
 from cli.errors import CliError, Problem
 from cli.http_client import Client, Json
 from cli.main import app
-from cli.rows import check_rows_file, describe_rows, find_row_warning
+from cli.render.dataset import describe_rows
+from cli.rows import find_row_warning
 from tests.unit.cli.fake_service import JOB_ID
 
 ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
@@ -138,12 +139,18 @@ def test_same_rows_are_not_uploaded_again(rows: Path) -> None:
 
 
 def test_everything_wrong_is_told_before_rows_are_uploaded(rows: Path) -> None:
-    wrong = [Problem("is negative", param="training_config.hyperparameters.learning_rate"), Problem("is unknown", param="base")]
+    wrong = [Problem("is negative", param="training_config.hyperparameters.learning_rate"), Problem("is unknown", param="hardware")]
     service = TrainingService(problems=wrong)
     done = run_train(service, rows, "--base", "a/b", "--lr", "-1", "--detach")
     assert isinstance(done.exception, CliError)
     assert list(done.exception.problems) == wrong
     assert "POST /datasets" not in service.called
+
+
+def test_fields_of_another_trainer_are_no_error_before_the_rows_tell_the_trainer(rows: Path) -> None:
+    service = TrainingService(problems=[Problem("is not a field of sft", param="training_config.hyperparameters.beta")])
+    run_train(service, rows, "--base", "a/b", "--set", "hyperparameters.beta=0.1", "--detach")
+    assert "POST /datasets" in service.called
 
 
 def test_missing_base_lists_what_is_there(rows: Path) -> None:
@@ -218,43 +225,24 @@ def test_wandb_key_of_the_environment_is_used_if_wandb_is_asked_for(rows: Path, 
     assert service.trained["training_config"].get("wandb_config") == config
 
 
+def test_empty_file_is_refused_here(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b"")
+    service = TrainingService()
+    done = run_train(service, file, "--base", "a/b")
+    assert isinstance(done.exception, CliError)
+    assert (done.exception.message, done.exception.param, service.called) == ("is empty", str(file), [])
+
+
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("content", "is_request"),
     [
-        (b"", "is empty"),
-        (b"\n \n", "has blank lines only"),
-        (b"PAR1\x15", "is a Parquet file"),
-        (b"PK\x03\x04..", "is an Excel or zip file"),
-        (b'[{"text": "a"}]', "is one JSON array"),
-        (b"prompt,completion\n", "has a first line that is not JSON"),
-        ('{"text": "é"}'.encode("latin-1"), "is not text in UTF-8"),
-        (b'"text"', "has a first line that is not a JSON object"),
+        ('{"base_model_id": "a/b"}', True),
+        (json.dumps(ROW), False),
+        ('{"text": "a"}\n{"text": "b"}', False),
+        ('[{"question": "a", "answer": "b"}]', False),
+        ('{"conversations": []}', False),
     ],
-)
-def test_file_that_holds_no_rows_is_refused_here(tmp_path: Path, content: bytes, reason: str) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(content)
-    with pytest.raises(CliError, match=reason) as excinfo:
-        check_rows_file(file)
-    assert excinfo.value.param == str(file)
-
-
-@pytest.mark.parametrize(
-    ("row", "trainer"),
-    [
-        (ROW, "sft"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "dpo"),
-        ({"prompt": "a", "completion": "b", "label": True}, "kto"),
-    ],
-)
-def test_trainer_is_guessed_from_the_first_row(tmp_path: Path, row: Json, trainer: str) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(b"\xef\xbb\xbf\n" + json.dumps(row).encode())
-    assert check_rows_file(file).trainer_type == trainer
-
-
-@pytest.mark.parametrize(
-    ("content", "is_request"), [('{"base_model_id": "a/b"}', True), (json.dumps(ROW), False), ('{"text": "a"}\n{"text": "b"}', False)]
 )
 def test_json_file_is_a_request_or_rows(rows: Path, tmp_path: Path, content: str, is_request: bool) -> None:
     file = tmp_path / "given.json"
@@ -263,12 +251,6 @@ def test_json_file_is_a_request_or_rows(rows: Path, tmp_path: Path, content: str
     run_train(service, file, "--base", "a/b", "--set", "processed_dataset_id=dataset_1" if is_request else "project_id=p", "--detach")
     assert ("POST /datasets" not in service.called) == is_request
     assert service.trained["processed_dataset_id"] == "dataset_1"
-
-
-def test_first_row_may_be_longer_than_what_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"text": "a" * 2_000_000}))
-    assert check_rows_file(file).first_row == {}
 
 
 @pytest.mark.parametrize(
@@ -317,7 +299,7 @@ def test_graders_make_prompts_trainable() -> None:
 
 def test_dropped_duplicates_and_few_rows_are_told() -> None:
     one = make_dataset(rows=1, rows_uploaded=50, duplicates_dropped=49, splits={"train": 1})
-    assert describe_rows(one) == "1 rows of messages: 1 to train on, none held out; 49 duplicates dropped"
+    assert describe_rows(one) == "1 row of messages: 1 to train on, none held out; 49 duplicates dropped"
     assert "only 1 different row of 50 in the file" in (find_row_warning(one) or "")
     assert find_row_warning(make_dataset()) is None
 
