@@ -39,7 +39,7 @@ from cli.row_options import (
     build_reading,
     build_secrets,
 )
-from cli.rows import find_rows, is_source
+from cli.rows import find_rows, is_source, remember_upload
 from cli.settings import Settings
 from cli.upload import SHOWN_PROBLEMS, check_rows, import_key, import_source, print_dataset, upload_rows
 
@@ -93,7 +93,11 @@ def upload_dataset(
     options = RowOptions(name, eval_fraction, project, reading, build_secrets(source, hf_token, source_credentials))
     rows = None if is_source(source) else find_rows(_require_path(source))
     with create_client(context) as client:
-        dataset = upload_rows(client, rows, options, is_quiet=as_json) if rows else import_source(client, source, options, is_quiet=as_json)
+        if rows:
+            dataset = upload_rows(client, rows, options, is_quiet=as_json)
+            remember_upload(client, rows, options, Settings.from_environment(), dataset["processed_dataset_id"])
+        else:
+            dataset = import_source(client, source, options, is_quiet=as_json)
     print_answer(dataset, as_json, dataset["processed_dataset_id"])
     if not as_json:
         print_dataset(rows.name if rows else source, dataset)

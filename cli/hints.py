@@ -83,7 +83,7 @@ OPTIONS = {
 # Advice that names a field with its value, and how the command line says the same. Each is for commands with that option.
 PHRASES = (
     ("--drop-invalid", re.compile(r'(?:send )?on_invalid "drop"'), "--drop-invalid"),
-    ("--mapping", re.compile(r'(?P<mapping>\{"[^{}]*(?:\{[^{}]*\}[^{}]*)*\})'), r"--mapping '\g<mapping>'"),
+    ("--mapping", re.compile(r"""(?<!--mapping ')(?P<mapping>\{"[^{}]*(?:\{[^{}]*\}[^{}]*)*\})"""), r"--mapping '\g<mapping>'"),
     ("--mapping", re.compile(r"(?:send )?(?:a|the) mapping(?: such as|:)? --mapping"), "--mapping"),
     ("--mapping", re.compile("with the same fields"), "with the same options"),
 )

@@ -275,7 +275,9 @@ def _parse_count(field: str, text: str | None) -> int | str | None:
     try:
         return int(text)
     except ValueError:
-        raise CliError(f"{text!r} is not a whole number", f"give a number, or {AUTO}", param=field) from None
+        raise CliError(
+            f"{text!r} is not a whole number", f"give a number, or {AUTO}", param=f"training_config.hyperparameters.{field}"
+        ) from None
 
 
 def _add_wandb_key(training_config: Json, key: SecretOption) -> None:
