@@ -116,7 +116,7 @@ test: test-fast ## Run every test, with real processes and models, and report co
 	$(MAKE) --no-print-directory test-e2e
 	$(MAKE) --no-print-directory coverage-report
 
-test-fast: setup-dev ## Run unit and contract tests: a minute
+test-fast: setup-dev setup-data ## Run unit and contract tests: a minute
 	COVERAGE_FILE=.coverage.fast $(DEV) -m pytest tests/unit tests/contract -n 2 --dist loadfile $(COVERAGE)
 
 test-ingest: $(VENVS)/data/.installed-tests ## Test the ingestion of datasets: formats, mappings, rows, reports

@@ -34,6 +34,7 @@ BENCHMARKS = (
     "exports",
     "ingestion",
     "dataset_reports",
+    "dataset_pages",
 )
 # How servers and attempts fail. One failed benchmark must not stop the others.
 RECOVERABLE_ERRORS = (ServerUnavailable, OSError, EOFError, ValueError, RuntimeError, subprocess.SubprocessError, ExceptionGroup)

@@ -1,4 +1,4 @@
-"""B16: how long `POST /train?dry_run=true` takes for a known dataset, whose tokens were counted or not, beside `POST /train`.
+"""B17: how long `POST /train?dry_run=true` takes for a known dataset, whose tokens were counted or not, beside `POST /train`.
 
 One client asks one after the other. The base is the tiny Gemma in the model store, so that the Hub is not asked.
 """

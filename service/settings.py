@@ -250,6 +250,15 @@ class Settings(BaseSettings):
             parse_allow_rule(rule)
         return rules
 
+    @field_validator("dataset_sources")
+    @classmethod
+    def _check_dataset_sources(cls, sources: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for prefix in (prefix for prefixes in sources.values() for prefix in prefixes):
+            scheme, _, rest = prefix.partition("://")
+            if scheme not in ("gs", "s3", "hf") or not rest or any(character in rest for character in "*?"):
+                raise ValueError(f"{prefix!r} is no prefix of sources such as gs://bucket/folder, s3://bucket or hf://owner")
+        return sources
+
     @property
     def home_folder(self) -> Path:
         """`home` as an absolute path."""

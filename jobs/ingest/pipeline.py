@@ -17,9 +17,10 @@ from jobs.ingest.mapping import SAMPLE_RECORDS, RowMapper, choose_mapper
 from jobs.ingest.mapping.sample import make_printable
 from jobs.ingest.reading import PlacedRow, RowReader, parse_record, read_rows, read_rows_concurrently
 from jobs.ingest.records import InvalidInput
+from jobs.ingest.reports.build import build_report
 from jobs.ingest.rows.consistency import ConsistencyChecker
 from jobs.ingest.rows.row import Row
-from jobs.ingest.rows.values import InvalidValue, JsonObject
+from jobs.ingest.rows.values import InvalidValue, JsonObject, preview
 from jobs.ingest.splitting import Splitter, SplitWriter
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.ingestion import (
@@ -41,6 +42,7 @@ SHOWN_ROWS = 3
 SAMPLED_BYTES = 8 << 20  # of the first records; in memory, a list of short values takes twenty times its bytes
 MAX_SAMPLED_PROBLEMS = 1000  # lines that are not records, after which the sample ends
 MAX_SHOWN_COLUMNS = 1000
+MAX_SHOWN_NAME_CHARS = 200
 SCRATCH = "rows.jsonl"
 
 OnProgress = Callable[[IngestProgress], None]
@@ -198,13 +200,18 @@ class _Ingestion:
 
     def _report(self, rows: IngestedRows) -> DatasetReport:
         self._report_progress("reporting")
+        task = self._task
+        tokenizer_folder = Path(task.tokenizer_folder) if task.tokenizer_folder else None
+        splits = {name: self._folder / split.file for name, split in rows.splits.items()}
+        found = build_report(splits, rows, task.options, tokenizer_folder, lambda _: self._report_progress("reporting"))
         dropped = {**self._problems.counts, "duplicate": self._splitter.duplicates_dropped}
-        return DatasetReport(
-            rows_read=self._rows_read,
-            rows_kept=sum(split.rows for split in rows.splits.values()),
-            dropped={name: count for name, count in dropped.items() if count},
-            problems=tuple(self._problems.first),
-        )
+        changes = {
+            "rows_read": self._rows_read,
+            "rows_kept": sum(split.rows for split in rows.splits.values()),
+            "dropped": {name: count for name, count in dropped.items() if count},
+            "problems": tuple(self._problems.first),
+        }
+        return found.model_copy(update=changes)
 
     def _report_progress(self, phase: Literal["reading", "splitting", "reporting"]) -> None:
         opened = self._opened
@@ -258,4 +265,5 @@ def _describe(opened: OpenedInput, mapper: RowMapper, sample: Sequence[JsonObjec
 
 def _iter_names(sample: Sequence[JsonObject]) -> Iterator[str]:
     """The names of columns, once each, as they can be shown."""
-    return (make_printable(name) for name in dict.fromkeys(name for record in sample for name in record))
+    names = dict.fromkeys(name for record in sample for name in record)
+    return (make_printable(name) if len(name) <= MAX_SHOWN_NAME_CHARS else preview(name) for name in names)

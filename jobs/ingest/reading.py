@@ -58,7 +58,6 @@ class RowReader:
             if isinstance(record.content, dict) or len(record.content) > self._limits.max_row_bytes:
                 check_text_size(row, content, self._limits)
         except InvalidValue as error:
-            error.field = self._mapper.describe_field(error.field)
             return self.describe_problem(error, record.line, record.part)
         return PlacedRow(row, record.line, record.part)
 

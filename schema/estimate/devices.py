@@ -16,8 +16,8 @@ GPU_SHARE = Range(0.10, 0.42)
 EMULATED_SHARE = Range(0.02, 0.12)
 
 # A core of a server processor, in floating point operations a second; measured with Gemma 3 270M on two cores of an AMD EPYC with
-# AVX512-BF16, 35e9 to 60e9 while nothing else ran, and less than half of it beside other work. Older processors have half of that again.
-CPU_CORE_FLOP_PER_S = Range(9e9, 60e9)
+# AVX512-BF16: 35e9 to 60e9 while nothing else ran, 12e9 to 35e9 beside other work. Newer processors are faster, older ones slower.
+CPU_CORE_FLOP_PER_S = Range(9e9, 90e9)
 CPU_MEMORY_BYTES_PER_S = Range(5e9, 40e9)  # a laptop beside other work, and a server
 DEFAULT_CORES = 2
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 MAX_SIMULATED_ROWS = 4096  # that are packed to find how full blocks become; more rows change it little
+BUCKET_WIDTH = 1 / 3  # of its mean length: buckets end at powers of two, and at halves between
 CHARACTERS_PER_TOKEN = 3.5  # of English text with a large vocabulary about 4.2; other languages and code have fewer
 TURN_TOKENS = 12  # that a chat template adds to a row of two turns
 # Share of the rows, and their length beside the mean, of rows whose lengths nobody counted: a log-normal of sigma 0.7 in four parts.
@@ -93,8 +94,9 @@ class RowLengths:
         sampled = cut.resize(min(rows, MAX_SIMULATED_ROWS))
         free: list[float] = []  # of each block, ascending
         blocks = 0
-        for tokens, count in sorted(sampled.buckets, reverse=True):
-            for _ in range(count):
+        for mean, count in sorted(sampled.buckets, reverse=True):
+            for n in range(count):
+                tokens = min(mean * (1 + BUCKET_WIDTH * (0.5 - (n + 0.5) / count)), float(max_length))
                 place = bisect_left(free, tokens)
                 left = max_length - tokens
                 if place < len(free):

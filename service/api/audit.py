@@ -21,7 +21,11 @@ from storage.deadline import deadline
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
-RESOURCE_PARAMETERS = ("job_id", "processed_dataset_id", "key_id")  # of paths and of answers, the most telling first
+RESOURCE_PARAMETERS = (
+    "processed_dataset_id",
+    "job_id",
+    "key_id",
+)  # of paths and of answers, the most telling first: a dataset may have a job
 MAX_PARSED_BYTES = 1 << 16
 AUDIT_TIMEOUT_S = 0.45  # of one write; an entry may wait for another one first, beside the four seconds of its request
 
@@ -76,7 +80,9 @@ def record_in_audit_log(handle: Handler, action: str) -> Handler:
         except Exception:
             await _record(request, action, 500, "internal", None)
             raise
-        await _record(request, action, response.status_code, None, _find_created_resource(response))
+        # A route says what it made where its answer names several things.
+        created = getattr(request.state, "created_resource", None) or _find_created_resource(response)
+        await _record(request, action, response.status_code, None, created)
         return response
 
     return handle_and_record
@@ -110,4 +116,4 @@ def _find_created_resource(response: Response) -> str | None:
     if response.status_code not in (201, 202) or len(response.body) > MAX_PARSED_BYTES:
         return None
     answer = orjson.loads(response.body)
-    return next((str(answer[name]) for name in RESOURCE_PARAMETERS if name in answer), None)
+    return next((str(answer[name]) for name in RESOURCE_PARAMETERS if answer.get(name)), None)

@@ -73,6 +73,7 @@ async def upload_dataset(
     slots: IngestionSlots = request.app.state.ingestion_slots
     dataset = await slots.run(lambda: services.datasets.ingestion.ingest(principal, upload))
     response.status_code = 201 if dataset.status == "ready" else 202
+    request.state.created_resource = dataset.processed_dataset_id  # for the audit log: the answer may name a job too
     return dataset_view(dataset)
 
 

@@ -84,7 +84,8 @@ def _param(problem: PydanticProblem) -> str | None:
     conflicting = problem.get("ctx", {}).get("field") if problem["type"] == "fields_conflict" else None
     location = _strip_union_tags(problem["loc"])
     path = [str(step) for step in location[1:] if not (isinstance(step, int) and problem["type"] == "json_invalid")]
-    return ".".join([*path, conflicting] if conflicting else path) or None
+    is_own = path[-1:] == [conflicting]  # an object says of itself that its fields conflict
+    return ".".join([*path, conflicting] if conflicting and not is_own else path) or None
 
 
 def _strip_union_tags(path: Sequence[str | int]) -> list[str | int]:

@@ -197,7 +197,7 @@ def mark_lost(
     failure = Failure(
         code="lost",
         message=f"attempt {number} ended {ending}; it was probably killed",
-        hint="see GET /jobs/{id}/logs; a process that ran out of memory ends like this: try a smaller batch_size or max_seq_length",
+        hint=f"see GET /jobs/{{id}}/logs; a process that ran out of memory ends like this: {job.training_config.out_of_memory_hint}",
         attempt=number,
     )
     return _end(job, number, "lost", failure, now)

@@ -11,6 +11,8 @@ from typing import Any
 
 import boto3
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from infra.loopback import cloud_storage, s3
 from infra.loopback.hub import LoopbackHub, Token
@@ -22,7 +24,7 @@ from jobs.runtime.context import Secrets, Stores
 from jobs.runtime.errors import JobFailed, Stopped
 from schema.egress import EgressPolicy
 from schema.ingestion import IngestLimits, IngestOptions
-from schema.sources import HubSource, InvalidSource, parse_source
+from schema.sources import BucketSource, HubSource, InvalidSource, parse_source
 from schema.spec import StoreUrls
 from schema.training import IngestConfig
 from storage.registry import open_store
@@ -107,6 +109,24 @@ def test_text_that_names_no_source_is_refused_with_what_would_work(text: str) ->
 )
 def test_dataset_of_the_hub_is_parsed(text: str, expected: HubSource) -> None:
     assert parse_source(text) == expected
+
+
+@given(
+    st.one_of(
+        st.text(max_size=60),
+        st.builds("{}://{}".format, st.sampled_from(["gs", "s3", "hf", "https", "http"]), st.text("ab/:@*?.[]%-_\\#", max_size=30)),
+    )
+)
+def test_any_text_is_a_source_or_refused(text: str) -> None:
+    try:
+        source = parse_source(text)
+    except InvalidSource as error:
+        assert str(error)
+        return
+    assert source.kind in SOURCES
+    if isinstance(source, BucketSource):
+        assert source.prefix.startswith(source.folder)
+        assert not source.is_single or source.matches(source.pattern)
 
 
 # --- incoming ----------------------------------------------------------------------------------------------------

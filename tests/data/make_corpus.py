@@ -1,6 +1,8 @@
-"""`python -m tests.data.make_corpus FOLDER`: make the files of the corpus that are too large or too hostile to be kept."""
+"""`python -m tests.data.make_corpus FOLDER`: make the files of the corpus that are too large, hostile or secret to be kept."""
 
+import base64
 import gzip
+import hashlib
 import io
 import json
 import sys
@@ -101,6 +103,20 @@ def make_long_number(path: Path) -> None:
     path.write_text(ROW + '{"prompt": "How many?", "answer": ' + "9" * 900_000 + "}\n")
 
 
+def make_secrets(path: Path) -> None:
+    """Secrets and personal data that look real, so that no file of the repository has any."""
+    digest = hashlib.sha512(b"tunesmith").digest()
+    letters = base64.b32encode(digest).decode()
+    rows = [
+        f"My key is AKIA{letters[:16]}, why does it fail?",
+        "-----BEGIN PRIVATE " + f"KEY-----\n{base64.b64encode(digest).decode()}\n-----END PRIVATE KEY-----\nIs this valid?",
+        "Write to m.okafor@harbor-clinic.org or call +44 20 7946 1234.",
+        "My card 4539 5787 6362 1486 was declined.",
+        *(f"How much is {number} times {number}?" for number in range(60)),
+    ]
+    path.write_text("".join(json.dumps({"prompt": row, "completion": f"Answer {number}."}) + "\n" for number, row in enumerate(rows)))
+
+
 FILES: dict[str, Callable[[Path], None]] = {
     "bomb.jsonl.gz": make_gzip_bomb,
     "bomb.zip": make_zip_bomb,
@@ -115,6 +131,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     "two_thousand_columns.csv": make_wide_table,
     "deep_array.json": make_deep_array,
     "long_number.jsonl": make_long_number,
+    "secrets.jsonl": make_secrets,
 }
 
 

@@ -1,5 +1,6 @@
 """The README's commands work: `make demo` as documented with the real Gemma, the others with a tiny base."""
 
+import csv
 import json
 import re
 import subprocess
@@ -26,7 +27,7 @@ def find_commands(text: str) -> list[str]:
 
 
 def is_first_minute(block: str) -> bool:
-    return "tunesmith train rows.jsonl" in block
+    return "tunesmith train faq.csv" in block
 
 
 def commands() -> list[str]:
@@ -56,13 +57,22 @@ def test_first_minute_tunes_real_gemma(tmp_path: Path, service: Service) -> None
         assert text in done.stdout
     assert list((tmp_path / "home/downloads").rglob("*-f16.gguf"))
 
-    rows = [{"prompt": f"Which color has the number {n}?", "completion": f"The number {n} is {('red', 'blue')[n % 2]}."} for n in range(20)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with (tmp_path / "faq.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Question", "Answer"])
+        writer.writerows((f"Which color has the number {n}?", f"The number {n} is {('red', 'blue')[n % 2]}.") for n in range(20))
     [first_minute] = filter(is_first_minute, blocks("bash"))
-    train, chat, download = find_commands(first_minute)
+    check, dry_run, train, chat, download = find_commands(first_minute)
     try:
+        checked = run_line(check, tmp_path, environment)
+        assert "started a service" in checked.stderr
+        for text in ("faq.csv: CSV, Question -> prompt, Answer -> completion", "20 of 20 rows are valid", "would make"):
+            assert text in checked.stdout + checked.stderr
+        planned = run_line(dry_run, tmp_path, environment).stdout
+        for text in ("google/gemma-3-270m", "sft, LoRA", "steps", "tokens", "local/local", "gguf-q8_0"):
+            assert text in planned
         trained = run_line(train, tmp_path, environment)
-        for text in ("started a service", "rows.jsonl: 20 rows", "google/gemma-3-270m", "learning rate"):  # what it chose
+        for text in ("faq.csv: CSV, Question -> prompt", "20 rows", "google/gemma-3-270m", "learning rate"):  # what it chose
             assert text in trained.stderr
         for text in ("step 1/", "loss", "completed", "tunesmith chat"):
             assert text in trained.stdout

@@ -128,6 +128,11 @@ def test_other_encoding_is_suggested_and_read_when_it_is_named() -> None:
     assert read_rows("rows.csv", content, encoding="cp1252")[0]["name"] == "Élodie"
 
 
+def test_missing_byte_order_mark_is_named() -> None:
+    problem = get_refusal({"rows.csv": "a,b\n1,2\n".encode("utf-16-le")}, encoding="utf-16")
+    assert (problem.param, problem.hint) == ("encoding", "name the order of its bytes: encoding=utf-16-le or utf-16-be")
+
+
 def test_place_of_a_wrong_byte_far_into_the_file_is_exact() -> None:
     good = b"a,b\n" + "é,x\n".encode() * 100_000
     problem = get_refusal({"rows.csv": good + b"\xff,x\n"})

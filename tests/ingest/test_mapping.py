@@ -65,6 +65,7 @@ def extract_mappings(text: str) -> list[dict[str, Any]]:
         ({"question": "a", "query": "b", "answer": "c"}, "question, query and answer"),
         ({"question": "a", "answer": "b", "text": "c"}, "question, answer and text"),
         ({"messages": FROM, "conversation": [Q, {"role": "assistant", "content": "other"}]}, "messages and conversation"),
+        ({"prompt": "a", "answer": "b", "question": "c", "response": "d"}, "prompt, answer, question and response"),
         ({"dialog": FROM, "chat": [{**turn, "value": "c"} for turn in FROM]}, "dialog and chat"),
         ({"content": "a", "body": "b"}, "content and body"),
         ({"text": "a", "label": "b"}, "text and label"),
@@ -406,6 +407,13 @@ def test_prompt_that_is_no_part_of_its_conversations_is_refused() -> None:
     mapper = map_rows([{"prompt": "Why?", **answers}], prompt="prompt", chosen="chosen", rejected="rejected")
     assert convert(mapper, {"prompt": "Why?", **answers})["prompt"] == [Q]
     assert get_field_and_reason(mapper, {"prompt": "How?", **answers})[0] == "prompt"
+
+
+def test_one_label_of_many_that_is_none_is_an_error_of_its_row() -> None:
+    labels = ["yes", "no", "yes", "maybe"]
+    error = get_bytes_error(to_jsonl([{"prompt": f"{n}", "completion": "b", "label": label} for n, label in enumerate(labels)]))
+    assert (error.line, error.field) == (4, "label")
+    assert "is 'maybe'; labels are" in error.reason
 
 
 def test_json_text_stays_text_where_no_messages_are_expected() -> None:

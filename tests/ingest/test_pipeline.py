@@ -97,8 +97,6 @@ def test_every_code_is_documented() -> None:
         (b"{", "not_json", "the line ends before its object does"),
         (b"// rows", "not_json", "JSON has no comments"),
         (b"id,text", "not_json", "the line begins 'id,text'; each line is one JSON object, {...}; a table is sent with format=csv"),
-        ('{"text": "é"}'.encode("utf-16-le"), "not_utf8", "it looks like UTF-16; save the file as UTF-8"),
-        ('{"text": "a"}'.encode("utf-16-le"), "not_json", "the file looks like UTF-16; save it as UTF-8"),
         (b'{"text": "caf\xe9"}', "not_utf8", "not UTF-8 at byte 14, which is 0xE9; save the file as UTF-8"),
         (b'{"text": "a", "text": "b"}', "repeated_name", "appears twice"),
         (b'{"text": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "nested_too_deeply", "nested too deeply"),
@@ -118,6 +116,13 @@ def test_problem_says_what_would_work(run: Any, line: bytes, code: str, reason: 
     assert [(problem.line, problem.code) for problem in outcome.problems] == [(2, code)]
     assert reason in outcome.problems[0].reason
     assert outcome.problems[0].reason.isprintable()
+
+
+@pytest.mark.parametrize(("text", "code"), [("é", "not_utf8"), ("a", "not_json")])
+def test_line_of_utf_16_is_recognized(text: str, code: str) -> None:  # a whole file is refused before it is read
+    with pytest.raises(values.InvalidValue, match="looks like UTF-16; save") as excinfo:
+        values.parse(f'{{"text": "{text}"}}'.encode("utf-16-le"), "a row")
+    assert excinfo.value.code == code
 
 
 def test_all_problems_are_found_and_the_first_are_told(run: Any) -> None:
@@ -166,7 +171,7 @@ def test_rows_within_the_pixel_limit_are_kept(run: Any) -> None:
 
 def test_equal_labels_of_the_rows_that_remain_are_refused(run: Any, tmp_path: Path) -> None:
     outcome = run(to_jsonl([LABELED_ROWS[0], {**LABELED_ROWS[1], "label": "no"}]), on_invalid="drop")
-    assert "label is the same in all valid rows: 1 rows are true and 0 are false" in outcome.refused.message
+    assert "label is the same in all rows: 1 rows are true and 0 are false" in outcome.refused.message
     assert (outcome.rows, outcome.problem_counts) == (None, {"wrong_type": 1})
     assert not list((tmp_path / "output").iterdir())
 
@@ -221,8 +226,8 @@ def test_progress_names_phases_and_bytes(tmp_path: Path) -> None:
     reports: list[IngestProgress] = []
     content = to_jsonl(make_text_rows(20_000))
     ingest(make_task(tmp_path, content), reports.append)
-    assert [(report.phase, report.rows) for report in reports] == [("reading", 20_000), ("splitting", 20_000), ("reporting", 20_000)]
-    assert {report.total_bytes for report in reports} == {len(content)}
+    assert [(report.phase, report.rows) for report in reports[:3]] == [("reading", 20_000), ("splitting", 20_000), ("reporting", 20_000)]
+    assert {report.total_bytes for report in reports[:3]} == {len(content)}
     assert 0 < reports[0].bytes_read <= reports[1].bytes_read == len(content)
 
 
@@ -263,15 +268,15 @@ def test_file_that_takes_too_much_memory_is_refused(tmp_path: Path, rows_before:
 
 
 def test_endless_line_is_a_problem_of_its_row(tmp_path: Path) -> None:
-    task = make_task(tmp_path, b"", limits=IngestLimits(max_memory_bytes=500 << 20), on_invalid="drop", eval_fraction=0)
-    with Path(task.files[0].path).open("wb") as file:
+    content = to_jsonl(make_text_rows(1, "x" * (1 << 19)))  # beyond what is looked at to recognize the format
+    task = make_task(tmp_path, content, limits=IngestLimits(max_memory_bytes=500 << 20), on_invalid="drop", eval_fraction=0)
+    with Path(task.files[0].path).open("ab") as file:
         file.truncate(600 << 20)  # NUL characters, of which the disk holds none
-        file.seek(0, os.SEEK_END)
         file.write(b'\n{"text": "a"}\n')
     outcome = run_child(task)
     assert outcome.problem_counts == {"too_long": 1}
     assert outcome.rows is not None
-    assert outcome.rows.splits["train"].rows == 1
+    assert outcome.rows.splits["train"].rows == 2
 
 
 def test_row_of_very_many_columns_is_described_shortly(run: Any) -> None:

@@ -100,7 +100,7 @@ def test_rows_that_the_template_rejects_are_estimated(tmp_path: Path) -> None:
     rows = [make_row("a", "b")] * 20 + [{"messages": [{"role": "system", "content": "c"}, *make_row("a", "b")["messages"]]}]
     lengths = count(tmp_path, rows, folder)
     assert not lengths.exact
-    assert lengths.note == "token counts are estimates (1 rows: the base's chat template rejects them: System role not supported)"
+    assert lengths.note == "token counts are estimates (1 row: the base's chat template rejects them: System role not supported)"
     assert (lengths.longest[:2], lengths.learned_tokens) == ((18, 12), None)
 
 

@@ -135,7 +135,7 @@ TEXTS = "\n".join(json.dumps({"text": f"text {number}"}) for number in range(10)
         ({"mapping": "[1]"}, 400, "mapping", "not a JSON object"),
         ({"mapping": '{"promt": "a", "completion": "b"}'}, 422, "mapping.promt", "not a field"),
         ({"mapping": '{"prompt": 1, "completion": "b"}'}, 422, "mapping.prompt", "string"),
-        ({"mapping": '{"completion": "a"}'}, 422, "mapping", "make no row"),
+        ({"mapping": '{"completion": "a"}'}, 422, "mapping", "makes no row"),
         ({"on_invalid": "keep"}, 422, "on_invalid", "'refuse' or 'drop'"),
         ({"text_unit": "word"}, 422, "text_unit", "'file', 'paragraph' or 'line'"),
         ({"delimiter": ",,"}, 422, "delimiter", "at most 1"),

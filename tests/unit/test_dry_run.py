@@ -1,6 +1,7 @@
 """`POST /train?dry_run=true`: what a job would do, need, take and cost; and what is chosen where a request says "auto"."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -182,6 +183,7 @@ def test_counted_lengths_are_exact_and_cut_rows_are_counted(client: TestClient, 
     }
     cut = dry_run(client, make_request_body_with_config(dataset_id, "hyperparameters", max_seq_length=16))
     assert cut["tokens"]["truncated_rows"] == rows[TRAIN_SPLIT]
+    assert (cut["tokens"]["exact"], cut["steps"]["exact"]) == (False, False)  # a row of whose answer nothing is left is dropped
     assert any(each["param"].endswith("max_seq_length") for each in cut["warnings"])
 
 
@@ -392,6 +394,18 @@ def test_stored_base_of_an_unknown_name_is_checked(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit):
         place(make_config(base_model_id="someone/large"), "l4", LauncherPool([launcher]), base=base)
     place(make_config(base_model_id="someone/large"), "l4", LauncherPool([launcher]))
+
+
+def test_several_gpus_share_what_does_not_fit_into_one(tmp_path: Path) -> None:
+    body = {"base_model_id": "google/gemma-3-4b-it", "method": "Full", "hyperparameters": {"batch_size": 1, "max_seq_length": 512}}
+    fits: dict[int, str] = {}
+    for gpus in (1, 8):
+        launcher = FakeLauncher("fake", ["gpu", "h200"])
+        launcher.profiles = {"h200": H200, "gpu": replace(L4, name="gpu", gpus=gpus, gpu_memory_bytes=40 * GIB)}
+        harness = JobsHarness(tmp_path / str(gpus), launchers=[launcher])
+        plan = harness.jobs.submission.dry_run(PRINCIPAL, make_train_request(training_config=body, hardware="h200"))
+        fits[gpus] = next(each.fit for each in plan.profiles if each.hardware == "fake/gpu")
+    assert fits == {1: "does_not_fit", 8: "fits_with_gradient_checkpointing"}
 
 
 # --- warnings ---

@@ -1,5 +1,6 @@
 """The service's settings: what the environment may set, what it must set, and what attempts inherit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,15 @@ def test_attempts_use_the_service_hub_endpoint(monkeypatch: pytest.MonkeyPatch) 
         settings = Settings()  # type: ignore[call-arg]
         assert settings.hf_endpoint.startswith(f"https://{name.lower().replace('_', '-')}")
         assert attempt_variables(settings)["HF_ENDPOINT"] == settings.hf_endpoint
+
+
+@pytest.mark.parametrize("prefix", ["bucket/folder", "https://host/", "gs://", "gs://bucket/*", "file:///x"])
+def test_prefix_that_names_no_source_is_refused(monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    monkeypatch.setenv("TUNESMITH_DATASET_SOURCES", json.dumps({"acme": ["gs://acme/data", prefix]}))
+    with pytest.raises(ValidationError, match="is no prefix of sources"):
+        Settings()  # type: ignore[call-arg]
+
+
+def test_sources_of_a_tenant_are_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_DATASET_SOURCES", '{"acme": ["gs://acme/data", "hf://acme"]}')
+    assert Settings().dataset_sources == {"acme": ("gs://acme/data", "hf://acme")}  # type: ignore[call-arg]

@@ -1,10 +1,19 @@
 """Arrow: IPC files, which Feather 2 is too, and IPC streams, which `datasets` saves. Read batch by batch; rows are counted from 1."""
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import BinaryIO
 
-from jobs.ingest.formats.arrow_values import RecordBatch, RecordReader, check_schema, choose_batch_rows, iter_batch, use_system_memory
+from jobs.ingest.formats.arrow_values import (
+    RecordBatch,
+    RecordReader,
+    UnpackedSize,
+    check_schema,
+    choose_batch_rows,
+    iter_batch,
+    use_system_memory,
+)
 from jobs.ingest.formats.header import check_same_columns
 from jobs.ingest.formats.parquet import describe_arrow_error
 from jobs.ingest.formats.parts import Part
@@ -35,10 +44,13 @@ def _read(part: Part, columns: tuple[str, ...], first: str, limits: IngestLimits
     number = 1
     try:
         with part.open_seekable() as stream:
+            size_bytes = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
             source = _open(stream)
             check_same_columns(part, check_schema(part, source.schema, limits), columns, first)
+            unpacked = UnpackedSize(part, size_bytes)
             for batch in _iter_batches(source):
-                part.meter.add_unpacked(batch.nbytes)
+                unpacked.add(batch)
                 rows = choose_batch_rows(batch.nbytes, batch.num_rows)
                 for start in range(0, batch.num_rows, rows):
                     yield from iter_batch(batch.slice(start, rows), part, number + start)

@@ -14,7 +14,7 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from jobs.ingest.formats.header import MAX_NAME_CHARACTERS
-from jobs.ingest.formats.parts import Part
+from jobs.ingest.formats.parts import MAX_RATIO, RATIO_FREE_BYTES, Part, refuse_bomb
 from jobs.ingest.records import Record
 from jobs.ingest.rows.values import InvalidValue, JsonObject, Number, preview
 from schema.ingestion import IngestLimits, RowProblem
@@ -46,6 +46,36 @@ def use_system_memory() -> None:
 def choose_batch_rows(size_bytes: int, rows: int) -> int:
     """How many rows to convert at once, of so many bytes in all: fewer if they have images."""
     return max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * rows // max(1, size_bytes)))
+
+
+class UnpackedSize:
+    """Counts the bytes of a file's values, and refuses a file that is small only because it says the same thousands of times."""
+
+    def __init__(self, part: Part, size_bytes: int) -> None:
+        self._part = part
+        self._largest = max(RATIO_FREE_BYTES, MAX_RATIO * size_bytes)
+        self._bytes = 0
+
+    def add(self, batch: RecordBatch) -> None:
+        """Count a batch. Raises InvalidInput."""
+        size = batch.nbytes + sum(_count_referred_bytes(column) for column in batch.columns)
+        self._part.meter.add_unpacked(size)
+        self._bytes += size
+        if self._bytes > self._largest:
+            raise refuse_bomb(self._part.name)
+
+
+def _count_referred_bytes(column: Array) -> int:
+    """How long the texts of a dictionary's column are, each as often as a row has it."""
+    import pyarrow.types as kinds
+
+    if not kinds.is_dictionary(column.type) or not (
+        kinds.is_string(column.type.value_type) or kinds.is_large_string(column.type.value_type)
+    ):
+        return 0
+    # Not by pyarrow.compute: it allocates addresses by the gigabyte when it is imported.
+    lengths = [len(text or "") for text in column.dictionary.to_pylist()]
+    return sum(lengths[index] for index in column.indices.to_pylist() if index is not None)
 
 
 def check_schema(part: Part, schema: Schema, limits: IngestLimits) -> tuple[str, ...]:

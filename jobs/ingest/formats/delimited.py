@@ -113,7 +113,7 @@ class _Table:
         try:
             with open_text(self._part, self._codec, newline="") as text:
                 return self._start(text)[2]
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             raise refuse_encoding(self._part, self._codec) from error
 
     def iter_rows(self, expected: tuple[str, ...], first: str) -> Iterator[Record | RowProblem]:
@@ -123,7 +123,7 @@ class _Table:
                 lines, rows, header = self._start(text)
                 check_same_columns(self._part, header.names, expected, first)
                 yield from self._iter_under_header(lines, rows, header)
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             raise refuse_encoding(self._part, self._codec) from error
 
     def _start(self, text: TextIO) -> "tuple[_Lines, Iterator[list[str]], Header]":

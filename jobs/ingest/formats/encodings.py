@@ -29,7 +29,7 @@ def choose_encoding(sample: bytes, options: IngestOptions) -> str:
         try:
             info = codecs.lookup(options.encoding)
             # Codecs such as hex, which are not of text, raise LookupError; others that decode no file raise UnicodeError.
-            io.TextIOWrapper(io.BytesIO(b"\n\n\n\n"), options.encoding, errors="replace").read()
+            io.TextIOWrapper(io.BytesIO("\n".encode(options.encoding)), options.encoding, errors="replace").read()
         except (LookupError, UnicodeError) as error:
             raise InvalidInput(
                 f"no encoding {options.encoding!r}", "some that are known: utf-8, utf-16, cp1252, latin-1, gb18030", "encoding"
@@ -47,7 +47,7 @@ def decode_sample(part: Part, sample: bytes, codec: str) -> str:
     """The text of a sample, which may end within a character. Raises InvalidInput."""
     try:
         return codecs.getincrementaldecoder(codec)("strict").decode(sample)
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise refuse_encoding(part, codec) from error
 
 
@@ -69,6 +69,9 @@ def refuse_encoding(part: Part, codec: str) -> InvalidInput:
             except UnicodeDecodeError as error:
                 position = offset - pending + error.start
                 return _describe(part, codec, position, _cut(before + block, position - offset + len(before)))
+            except UnicodeError as error:  # of UTF-16 and UTF-32 without a byte order mark
+                hint = f"name the order of its bytes: encoding={codec}-le or {codec}-be"
+                return part.refuse(f"is not {codec}: {error}", hint, "encoding")
             offset += len(block)
             before = block
             if not block:

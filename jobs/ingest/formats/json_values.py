@@ -33,7 +33,7 @@ def open_json(parts: Sequence[Part], options: IngestOptions, limits: IngestLimit
         try:
             with open_text(part, codec, newline="") as text:
                 yield from _Document(part, JsonCursor(text), limits).iter_rows()
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             raise refuse_encoding(part, codec) from error
 
     return Reader(read, "row", encoding=describe_encoding(choose_encoding(parts[0].read_sample(), options)))

@@ -20,7 +20,7 @@ def open_lines(parts: Sequence[Part], options: IngestOptions, limits: IngestLimi
         try:
             with part.open() if codec in UTF8 else open_utf8(part, codec) as stream:
                 yield from read_jsonl(stream, limits, part.label)
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             raise refuse_encoding(part, codec) from error
 
     return Reader(read, "line", encoding=describe_encoding(choose_encoding(parts[0].read_sample(), options)))

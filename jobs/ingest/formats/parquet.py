@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from jobs.ingest.formats.arrow_values import check_schema, choose_batch_rows, iter_batch, use_system_memory
+from jobs.ingest.formats.arrow_values import UnpackedSize, check_schema, choose_batch_rows, iter_batch, use_system_memory
 from jobs.ingest.formats.header import check_same_columns
-from jobs.ingest.formats.parts import BUFFER_BYTES, MAX_RATIO, RATIO_FREE_BYTES, Part, refuse_bomb
+from jobs.ingest.formats.parts import BUFFER_BYTES, Part
 from jobs.ingest.formats.reader import Reader
 from jobs.ingest.records import InvalidInput, Record
 from schema.ingestion import IngestLimits, IngestOptions, RowProblem
@@ -31,17 +31,14 @@ def _read(part: Part, columns: tuple[str, ...], first: str, limits: IngestLimits
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    number, unpacked_bytes = 1, 0
+    number = 1
     try:
         with part.open_seekable() as stream, ParquetFile(stream, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
             check_same_columns(part, check_schema(part, file.schema_arrow, limits), columns, first)
-            size_bytes = stream.seek(0, os.SEEK_END)  # the reader seeks wherever it reads
+            unpacked = UnpackedSize(part, stream.seek(0, os.SEEK_END))  # the reader seeks wherever it reads
             sizes = [file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups)]
             for batch in file.iter_batches(choose_batch_rows(sum(sizes), file.metadata.num_rows), use_threads=False):
-                part.meter.add_unpacked(batch.nbytes)
-                unpacked_bytes += batch.nbytes
-                if unpacked_bytes > max(RATIO_FREE_BYTES, MAX_RATIO * size_bytes):
-                    raise refuse_bomb(part.name)
+                unpacked.add(batch)
                 yield from iter_batch(batch, part, number)
                 number += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:

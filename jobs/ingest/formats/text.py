@@ -25,7 +25,7 @@ def open_texts(parts: Sequence[Part], options: IngestOptions, limits: IngestLimi
         try:
             with open_text(part, codec, newline="\n") as text:
                 yield from _Units(part, options.text_unit, limits.max_row_bytes).read(text)
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             raise refuse_encoding(part, codec) from error
 
     return Reader(read, "line", (COLUMN,), describe_encoding(choose_encoding(parts[0].read_sample(), options)))

@@ -11,7 +11,7 @@ from typing import cast
 
 from jobs.ingest.mapping.converter import RowConverter
 from jobs.ingest.mapping.explanations import describe_mapping, explain_ambiguous, explain_left_out, explain_unknown
-from jobs.ingest.mapping.headings import NATIVE, TELLING, TOOLS
+from jobs.ingest.mapping.headings import INSTRUCTIONS, NATIVE, QUESTIONS, TELLING, TOOLS
 from jobs.ingest.mapping.native import read_as_native
 from jobs.ingest.mapping.sample import Ambiguous, Reading, Sample, make_printable
 from jobs.ingest.rows.values import JsonObject
@@ -95,9 +95,14 @@ def _recognize(sample: Sample) -> Reading:
     fallback = next((reading for reading in readings if reading.certainty == "fallback"), None)
     likely = _drop_contained([reading for reading in readings if reading.certainty == "likely"], sample)
     if fallback is not None:
-        # Beside a prompt, columns of texts and answers may be for graders; two answers to compare and labels hardly are.
+        # Beside a prompt, columns of texts and answers may be for graders; two answers to compare, labels and other prompts hardly are.
+        prompts = sample.find(INSTRUCTIONS | QUESTIONS)
         likely = [reading for reading in likely if reading.shape != "text"]
-        doubts_by_shape = {shape: doubt for shape, doubt in doubts_by_shape.items() if shape in ("dpo_pair", "kto")}
+        doubts_by_shape = {
+            shape: doubt
+            for shape, doubt in doubts_by_shape.items()
+            if shape in ("dpo_pair", "kto") or len(set(doubt.columns).intersection(prompts)) > 1
+        }
         if not doubts_by_shape and len(likely) != 1:
             return fallback
     doubts = [doubt for doubt in doubts_by_shape.values() if not any(_says_all(sample, reading, doubt.columns) for reading in likely)]

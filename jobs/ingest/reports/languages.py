@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL_FILE = "resources/lid.176.ftz"
-MAX_CHARACTERS = 1000  # that are read of a text; more change nothing
+MAX_CHARACTERS = 500  # that are read of a text; more change nothing
 MIN_LETTERS = 12
 MIN_PROBABILITY = 0.3  # below, short texts are often named wrongly
 UNKNOWN = "und"

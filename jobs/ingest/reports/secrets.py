@@ -54,12 +54,21 @@ FORMS: dict[str, SecretForm] = {
         (), re.compile(r"(?<!\w)[a-z][a-z0-9+.-]{1,20}://[^\s/:@'\"<>{}]{1,64}:([^\s/@'\"`]{6,128})@([\w.-]{3,253})", re.IGNORECASE)
     ),
 }
-TRIGGERS = tuple(trigger for form in FORMS.values() for trigger in form.triggers)
+# To find one character is many times faster than to find several, so each of these is looked for where its rarest character occurs.
+UNDERSCORED = tuple(trigger for form in FORMS.values() for trigger in form.triggers if b"_" in trigger)
+HYPHENATED = (b"PRIVATE KEY", b"T3BlbkFJ", *(trigger for form in FORMS.values() for trigger in form.triggers if b"-" in trigger), b"xox")
 
 
 def may_have_secrets(line: bytes) -> bool:
     """Whether a stored line of JSON has to be looked at. Quick, as it is asked for every row."""
-    return any(trigger in line for trigger in TRIGGERS) or (b"://" in line and b"@" in line)
+    return (
+        b"AIza" in line
+        or b"eyJ" in line
+        or (b"IA" in line and (b"AKIA" in line or b"ASIA" in line))
+        or (b"_" in line and any(trigger in line for trigger in UNDERSCORED))
+        or (b"-" in line and any(trigger in line for trigger in HYPHENATED))
+        or (b"@" in line and b"://" in line)
+    )
 
 
 def find_secrets(text: str) -> frozenset[str]:

@@ -156,7 +156,10 @@ class TokenCounter:
         return False
 
     def _describe_problems(self) -> str:
-        problems = [f"{count:,} rows: {reason}" for reason, count in sorted(self._problems.items(), key=lambda item: -item[1])]
+        problems = [
+            f"{count:,} {'row' if count == 1 else 'rows'}: {reason}"
+            for reason, count in sorted(self._problems.items(), key=lambda item: -item[1])
+        ]
         if self._has_earlier_reasoning:
             problems.append("the chat template writes reasoning, which a training may render otherwise in earlier answers")
         return f"token counts are estimates ({'; '.join(problems[:3])})" if problems else ""

@@ -42,7 +42,7 @@ class ConsistencyChecker:
             raise InvalidInput("there are no rows", f"a row is {FORMATS}")
         if len(self._labels) == 1:
             counts = f"{self._labels[True]:,} rows are true and {self._labels[False]:,} are false"
-            raise InvalidInput(f"label is the same in all valid rows: {counts}", "there must be some of each", "label")
+            raise InvalidInput(f"label is the same in all rows: {counts}", "there must be some of each", "label")
 
     def _add_images_or_tools(self, row: Row, place: str) -> None:
         """Count the row, which has one of them. Raises InvalidValue."""

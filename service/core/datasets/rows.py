@@ -5,10 +5,10 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import cast
 
 from schema.dataset import Split
 from schema.ingestion import INDEX_INTERVAL_ROWS
+from schema.row_preview import shorten_images
 from storage import ObjectStore
 
 OFFSET_BYTES = 8
@@ -69,18 +69,3 @@ def _iter_range(objects: ObjectStore, split: Split, start: int, end: int) -> Ite
         start += len(chunk)
         *lines, rest = (rest + chunk).split(b"\n")
         yield from lines
-
-
-def shorten_images(value: object) -> object:
-    """A value of a stored row, without the bytes of images."""
-    match value:
-        case {"type": "image", "image": str(uri)} if uri.startswith("data:image/"):  # not arguments that look like one
-            header, _, payload = uri.partition(",")
-            size_bytes = len(payload) * 3 // 4 - payload[-2:].count("=")
-            return {"type": "image", "image": f"{header},… ({size_bytes} bytes)"}
-        case dict():
-            return {name: shorten_images(inner) for name, inner in cast(dict[str, object], value).items()}
-        case list():
-            return [shorten_images(inner) for inner in cast(list[object], value)]
-        case _:
-            return value

@@ -24,7 +24,7 @@ from schema.estimate.llm_export import (
     explain_impossible_export,
     plan_artifacts,
 )
-from schema.estimate.llm_memory import TrainingMemory, estimate_evaluation_bytes, usable_memory_bytes
+from schema.estimate.llm_memory import TrainingMemory, estimate_evaluation_bytes, estimate_training_bytes, usable_memory_bytes
 from schema.estimate.llm_plan import PassPlan, TrainingNeeds, find_fitting_plan
 from schema.estimate.llm_shapes import ModelShape
 from schema.estimate.llm_steps import StepPlan
@@ -42,7 +42,7 @@ from service.core.dry_run.llm_facts import (
 from service.core.dry_run.llm_times import LlmTimes
 from service.core.dry_run.llm_warnings import find_warnings
 from service.core.launchers import Offer
-from service.core.validation.llm_support import list_options
+from service.core.validation.llm_support import can_shard, list_options
 
 REFERENCE_CPU = make_cpu("CPU with 8 cores, 32 GB", 8, 32 * GIB, has_bf16=False)
 SLICE_MARGIN_S = 60.0  # of a time limit, for saving and stopping
@@ -134,11 +134,14 @@ class LlmPlanner:
             gradient_checkpointing=plan.gradient_checkpointing,
         )
         host_bytes = offer.profile.memory_bytes if offer is not None else None
+        gpus = offer.profile.gpus if offer is not None else 1
+        if fit == "does_not_fit" and available is not None and (shard := self._estimate_shard(needs, plan, gpus)) < available:
+            fit, need = "fits_with_gradient_checkpointing", need.model_copy(update={"peak_bytes": round(shard)})
         reason = self._explain_misfit(needs, need, fit, device, host_bytes, offer)
         if fit == "does_not_fit" or reason:
             reason = reason or "it does not fit"
             return HardwareEstimate(hardware=name, device=device.name, fit="does_not_fit", reason=reason, memory=need)
-        phases = self._times.list_phases(model, device, plan, launcher)
+        phases = self._times.list_phases(model, device, plan, launcher, gpus)
         seconds = sum_ranges(each for _, each in phases)
         shown = "unknown" if device.memory_bytes is None else fit
         return HardwareEstimate(
@@ -191,6 +194,13 @@ class LlmPlanner:
         )
         return f"{message}; {' or '.join(helping)} would fit" if helping else f"{message}; use a smaller base model or larger hardware"
 
+    def _estimate_shard(self, needs: TrainingNeeds, plan: PassPlan, gpus: int) -> float:
+        """Memory of one of several GPUs that share the weights; infinite where they cannot."""
+        if gpus < 2 or not can_shard(self.config):
+            return inf
+        shape = needs.with_batch(plan.batch_size, plan.gradient_accumulation_steps)
+        return estimate_training_bytes(needs.model, shape, gradient_checkpointing=True, num_shards=gpus)
+
     def _estimate_evaluation_bytes(self, needs: TrainingNeeds, plan: PassPlan, device: Device) -> int:
         rows = self.facts.held_out.rows
         if not rows:
@@ -221,12 +231,16 @@ class LlmPlanner:
         facts, max_length = self.facts, self.config.hyperparameters.max_seq_length
         is_counted = facts.is_counted
         lengths = facts.train.truncate(max_length)
-        exact = lengths.exact and self.config.trainer_type_name() == "sft" and not self.config.hyperparameters.max_steps > 0
+        takes_all = self.config.trainer_type_name() == "sft" and self.config.hyperparameters.max_steps <= 0
+        exact = lengths.exact and takes_all and facts.train.longest <= max_length
         ask = f'POST /datasets/{{id}}/token_lengths with {{"base_model_id": "{self.config.base_model_id}"}}'
         if exact:
             note = "counted with the base's tokenizer"
         elif is_counted:
-            note = "from lengths that the base's tokenizer counted; which rows a part of an epoch takes, or how pairs divide, is estimated"
+            note = (
+                "from lengths that the base's tokenizer counted; estimated is which rows a part of an epoch takes, how pairs divide, and "
+            )
+            note += "which rows are dropped because max_seq_length leaves nothing of their answers"
         else:
             note = f"estimated from the characters of the rows; {ask} counts them"
         return PlannedTokens(

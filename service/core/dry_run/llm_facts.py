@@ -149,7 +149,7 @@ def make_step_plan(config: LlmTrainingConfig, facts: LlmFacts, *, on_gpu: bool) 
             completion_tokens=grpo.max_completion_length,
             on_gpu=on_gpu,
         )
-    return plan_steps(
+    steps = plan_steps(
         facts.train.truncate(hyperparameters.max_seq_length),
         batch_size=hyperparameters.batch_size,
         accumulation_steps=hyperparameters.accumulation_steps,
@@ -158,6 +158,8 @@ def make_step_plan(config: LlmTrainingConfig, facts: LlmFacts, *, on_gpu: bool) 
         packing=hyperparameters.max_seq_length if hyperparameters.packing else None,
         trainer_type=config.trainer_type_name(),
     )
+    # A row of whose answer nothing is left when it is cut is dropped.
+    return replace(steps, exact=steps.exact and facts.train.longest <= hyperparameters.max_seq_length)
 
 
 def make_export_plan(config: LlmTrainingConfig, model: ModelShape) -> ExportPlan:

@@ -36,12 +36,12 @@ class LlmTimes:
     facts: LlmFacts
     is_stored: bool
 
-    def list_phases(self, model: ModelShape, device: Device, plan: PassPlan, launcher: str) -> list[tuple[str, Range]]:
-        """Each part of the job, in order, with its seconds."""
+    def list_phases(self, model: ModelShape, device: Device, plan: PassPlan, launcher: str, gpus: int = 1) -> list[tuple[str, Range]]:
+        """Each part of the job, in order, with its seconds. Several GPUs may share the steps, at best evenly."""
         config, facts = self.config, self.facts
         steps = make_step_plan(config, facts, on_gpu=device.on_gpu)
         work = self._make_work(steps, plan, device)
-        training = estimate_training(model, device, work)
+        training = estimate_training(model, device, work).spread(1 / max(1, gpus), 1.0)
         evaluation, evaluations = self._estimate_evaluation(model, device, plan), self._count_evaluations(steps)
         export_plan = make_export_plan(config, model)
         exports = plan_export_phases(export_plan.kinds, len(export_plan.quantizations), model.parameters)

@@ -56,9 +56,8 @@ def check_memory(config: LlmTrainingConfig, capabilities: FamilyCapabilities, pr
         raise _misfit("export_config.format", f"{config.base_model_id} cannot be exported: {problem}")
     if memory_bytes is None:
         return
-    can_shard = config.trainer_type_name() == "sft" and config.modality == "text" and config.method != "QLoRA"
     device = f"a GPU of {profile.name}" if on_gpu else profile.name
-    num_shards = max(1, profile.gpus) if can_shard else 1
+    num_shards = max(1, profile.gpus) if can_shard(config) else 1
     methods = list_options("method", capabilities, profile)
     training = make_training_shape(config, make_device(profile))
     problem = explain_misfit(model, training, memory_bytes, device=device, methods=methods, num_shards=num_shards)
@@ -69,6 +68,11 @@ def check_memory(config: LlmTrainingConfig, capabilities: FamilyCapabilities, pr
         if available is not None and needed > available:
             message = f"the export of {config.base_model_id} needs {needed / 1e9:.1f} GB, and {place} has {available / 1e9:.1f} GB"
             raise _misfit("export_config.format", f"{message}; export format 'adapter' needs no memory for the whole model")
+
+
+def can_shard(config: LlmTrainingConfig) -> bool:
+    """Whether several GPUs can share the weights of the training."""
+    return config.trainer_type_name() == "sft" and config.modality == "text" and config.method != "QLoRA"
 
 
 def list_options(field: str, capabilities: FamilyCapabilities, profile: Profile) -> tuple[str, ...]:
