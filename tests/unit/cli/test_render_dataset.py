@@ -7,6 +7,7 @@ import pytest
 from cli.http_client import Json
 from cli.render.dataset import dataset_lines, describe_detected, describe_phase, describe_rows, problem_table, report_lines, token_lines
 from cli.render.plan import describe_estimate, render_plan
+from cli.render.tables import dataset_table
 from tests.unit.cli.api_json import (
     make_dataset_json,
     make_detected_json,
@@ -141,3 +142,9 @@ def test_plan_tells_choices_results_and_warnings() -> None:
 def test_estimate_is_one_line() -> None:
     assert describe_estimate(make_plan_json()) == "estimate  1 min 0 s to 3 min 20 s; about 3,000 tokens in 12 steps"
     assert describe_estimate(make_plan_json(placements=["elsewhere/l4"])) == ""
+
+
+def test_list_tells_the_status_of_datasets_without_rows() -> None:
+    text = render_text(dataset_table([make_dataset_json(), make_dataset_json(status="failed", dataset_type="unknown", splits={})]))
+    assert ["prompt_completion" in line for line in text.splitlines()] == [False, True, False]
+    assert ["failed" in line for line in text.splitlines()] == [False, False, True]
