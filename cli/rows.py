@@ -15,7 +15,6 @@ from cli.http_client import Client, Json
 from cli.row_options import RowOptions
 from cli.settings import Settings
 
-FEW_ROWS = 20  # a model hardly learns from fewer
 MEMORY = "uploads.json"  # in TUNESMITH_HOME
 MAX_REMEMBERED = 200
 SCHEMES = ("hf://", "gs://", "s3://", "https://", "http://")  # of sources that the service reads itself
@@ -102,16 +101,6 @@ def remember_upload(client: Client, rows: RowsFile, options: RowOptions, setting
     part = memory.with_name(memory.name + ".part")
     part.write_text(json.dumps(dict(list(known.items())[-MAX_REMEMBERED:])))
     part.replace(memory)
-
-
-def find_row_warning(dataset: Json) -> str | None:
-    """What is doubtful about so few rows."""
-    rows = dataset["rows"]
-    if rows >= FEW_ROWS:
-        return None
-    of_file = f" of {dataset['rows_uploaded']} in the file" if dataset["duplicates_dropped"] else ""
-    subject = f"there is only 1 different row{of_file}" if rows == 1 else f"there are only {rows} different rows{of_file}"
-    return f"{subject}: the model will repeat them rather than learn from them; a few hundred are a good start"
 
 
 def _compute_key(client: Client, rows: RowsFile, options: RowOptions, settings: Settings) -> str:

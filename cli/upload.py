@@ -17,7 +17,7 @@ from cli.http_client import Client, Json
 from cli.output import err
 from cli.render.dataset import describe_dataset, describe_phase, problem_table
 from cli.row_options import RowOptions
-from cli.rows import RowsFile, find_row_warning
+from cli.rows import RowsFile
 
 LINK_FROM_BYTES = 24_000_000  # Cloud Run refuses requests of 32 MiB
 SHOWN_FROM_BYTES = 5_000_000  # smaller uploads take no time
@@ -62,9 +62,8 @@ def print_dataset(label: str, dataset: Json, note: str = "") -> None:
     detected: Json | None = dataset.get("detected")  # a service of an earlier version sends none
     if detected and detected["unused_columns"]:
         err.print(f"left out: {escape(', '.join(detected['unused_columns']))}", style="dim", highlight=False, soft_wrap=True)
-    for warning in [find_row_warning(dataset), *dataset.get("warnings", [])]:
-        if warning:
-            err.print(f"[yellow]warning[/] {escape(warning)}", highlight=False, soft_wrap=True)
+    for warning in dataset.get("warnings", []):
+        err.print(f"[yellow]warning[/] {escape(warning)}", highlight=False, soft_wrap=True)
 
 
 def summarize_problems(error: ApiError, *, is_quiet: bool) -> CliError:
@@ -126,7 +125,8 @@ def _follow(client: Client, dataset: Json, *, is_quiet: bool) -> Json:
         failure: Json = dataset["failure"] or {"message": "the dataset was not made", "hint": ""}
         if dataset["problems"] and not is_quiet:
             err.print(problem_table(dataset["problems"][:SHOWN_PROBLEMS]))
-        raise CliError(failure["message"], failure["hint"] or f"`tunesmith datasets show {dataset_id}` lists what is wrong")
+        hint = failure["hint"].replace("retry the job", f"`tunesmith retry {dataset['job_id']}` tries again")
+        raise CliError(failure["message"], hint or f"`tunesmith datasets show {dataset_id}` lists what is wrong")
     return dataset
 
 

@@ -89,7 +89,7 @@ def setup_lines(job: Json, datasets: Mapping[str, Json]) -> Iterator[str]:
     for number, share in enumerate(shares):
         weight = f", weight {share['weight']:g}" if len(shares) > 1 else ""
         yield from _field("dataset" if not number else "", _describe_dataset(share["processed_dataset_id"], datasets) + weight)
-    yield from _field("trainer", f"{job['trainer_type']}, {job['method']}")
+    yield from _field("trainer", ", ".join(filter(None, (job["trainer_type"], job["method"]))))  # ingestion has no method
     yield from _field("hardware", f"{job['launcher']}/{job['hardware']}")
     yield from _field("project", job["project_id"])
     yield from _field("metadata", ", ".join(f"{name}={value}" for name, value in job.get("metadata", {}).items()))
@@ -108,6 +108,8 @@ def _field(label: str, value: str | None) -> Iterator[str]:
 def _describe_dataset(dataset_id: str, datasets: Mapping[str, Json]) -> str:
     if (dataset := datasets.get(dataset_id)) is None:
         return dataset_id
+    if dataset.get("status", "ready") != "ready":  # a service of an earlier version sends none
+        return f"{dataset['name']}, {dataset['status']}, {dataset_id}"
     splits = ", ".join(f"{rows} {name}" for name, rows in dataset["splits"].items())
     return f"{dataset['name']}, {dataset['rows']} rows ({splits}), {dataset_id}"
 

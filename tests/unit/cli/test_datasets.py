@@ -157,12 +157,13 @@ def test_source_elsewhere_is_followed_until_it_is_ready(file: Path) -> None:
 
 
 def test_source_that_fails_says_why_and_names_the_rows(file: Path) -> None:
-    failure = {"message": "2 rows are not valid", "hint": "correct them"}
-    failed = make_dataset_json(status="failed", failure=failure, problems=[make_problem_json(7)])
+    failure = {"message": "2 rows are not valid", "hint": "correct them, or retry the job"}
+    failed = make_dataset_json(status="failed", job_id="ingestion_1", failure=failure, problems=[make_problem_json(7)])
     service = DatasetService(datasets=[(202, make_dataset_json(status="processing"))], dataset_1=[(200, failed)])
     done = run_datasets(service, "upload", "s3://bucket/rows.csv")
     assert isinstance(done.exception, CliError)
-    assert (done.exception.message, done.exception.hint) == ("2 rows are not valid", "correct them")
+    assert done.exception.message == "2 rows are not valid"
+    assert done.exception.hint == "correct them, or `tunesmith retry ingestion_1` tries again"
     assert "row 7" in done.stderr
 
 

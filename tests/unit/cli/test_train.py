@@ -13,7 +13,6 @@ from cli.errors import CliError, Problem
 from cli.http_client import Client, Json
 from cli.main import app
 from cli.render.dataset import describe_rows
-from cli.rows import find_row_warning
 from tests.unit.cli.api_json import make_plan_json
 from tests.unit.cli.fake_service import JOB_ID
 
@@ -129,6 +128,11 @@ def test_rows_become_a_job(rows: Path) -> None:
         },
     }
     assert "30 rows of messages: 27 to train on, 3 held out" in done.stderr
+
+
+def test_what_is_doubtful_about_the_rows_is_told(rows: Path) -> None:
+    done = run_train(TrainingService(make_dataset(warnings=["there are only 30 rows"])), rows, "--base", "a/b", "--detach")
+    assert "warning there are only 30 rows" in done.stderr
 
 
 def test_same_rows_are_not_uploaded_again(rows: Path) -> None:
@@ -303,11 +307,9 @@ def test_graders_make_prompts_trainable() -> None:
     assert choose_trainer("prompt", {"reward_config": [{}]}, CAPABILITIES).name == "grpo"
 
 
-def test_dropped_duplicates_and_few_rows_are_told() -> None:
+def test_dropped_duplicates_are_told() -> None:
     one = make_dataset(rows=1, rows_uploaded=50, duplicates_dropped=49, splits={"train": 1})
     assert describe_rows(one) == "1 row of messages: 1 to train on, none held out; 49 duplicates dropped"
-    assert "only 1 different row of 50 in the file" in (find_row_warning(one) or "")
-    assert find_row_warning(make_dataset()) is None
 
 
 @pytest.mark.parametrize("words", [["dataset_1"], ["dataset_1", "--no-watch"], ["dataset_1", "--detach"]])
