@@ -124,8 +124,11 @@ class Client:
             response = put(url, content=file, headers=headers, timeout=TIMEOUT)
         except httpx2.TransportError as error:
             raise ApiError(f"the upload broke off: {error}", "repeat the command", "unreachable") from error
-        if response.is_error:
+        if response.is_error and put is not httpx2.put:
             raise _api_error(response)
+        if response.is_error:
+            reason = f"the link for the upload answered {response.status_code}: {clean_text(response.text[:200])}"
+            raise ApiError(reason, "repeat the command: it gets a new link", status=response.status_code)
 
     def follow_dataset(self, dataset_id: str) -> Iterator[Json]:
         """Yield a dataset again and again until no job makes it any more."""

@@ -1,4 +1,4 @@
-"""A server on loopback for the links of downloads, which can interrupt answers, forget links and ignore ranges."""
+"""A server on loopback for links: of downloads, which can interrupt answers, forget links and ignore ranges, and of uploads."""
 
 import hashlib
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ class LinkServer:
     supports_ranges: bool = True
     status: int = 200  # of the next answer; 403: its link has expired
     ranges: list[str | None] = field(default_factory=list)  # the Range header of every request
+    sent_headers: dict[str, str] = field(default_factory=dict)  # of the last upload
 
     def describe(self, path: str) -> Json:
         """The link to a file, as the API returns it."""
@@ -44,6 +45,13 @@ def serve_links() -> Iterator[LinkServer]:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body[: links.sent_bytes])  # a short one breaks the connection
+
+        def do_PUT(self) -> None:  # the name that the library calls
+            links.sent_headers = dict(self.headers.items())
+            links.files[self.path.removeprefix("/")] = self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(links.status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
             """Nothing."""

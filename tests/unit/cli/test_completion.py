@@ -45,6 +45,14 @@ def test_jobs_are_completed_by_id_and_name(monkeypatch: pytest.MonkeyPatch, caps
     assert complete(monkeypatch, capsys, "show", "@", reply=reply) == ["@last"]
 
 
+def test_datasets_and_hardware_are_completed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    datasets = [{"processed_dataset_id": f"dataset_{letter}", "name": "faq.csv"} for letter in "ab"]
+    reply = httpx2.Response(200, json={"datasets": datasets})
+    assert complete(monkeypatch, capsys, "datasets", "show", "dataset_a", reply=reply) == ["dataset_a"]
+    reply = httpx2.Response(200, json={"launchers": {"local": {"profiles": {"cpu": {}}}}})
+    assert complete(monkeypatch, capsys, "train", "--hardware", "a", reply=reply) == ["auto"]
+
+
 @pytest.mark.parametrize("reply", [httpx2.ConnectError("refused"), httpx2.Response(401, text="no"), httpx2.Response(200, text="<html>")])
 def test_service_that_fails_completes_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reply: FakeReply

@@ -11,11 +11,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cli import upload
-from cli.errors import CliError
+from cli.errors import ApiError, CliError
 from cli.http_client import Client, Json
 from cli.main import app
 from cli.row_options import build_reading
 from tests.unit.cli.api_json import make_check_json, make_dataset_json, make_problem_json, make_token_lengths_json
+from tests.unit.cli.link_server import serve_links
 
 Answer = Json | Callable[[], Json]
 
@@ -121,6 +122,27 @@ def test_large_file_is_sent_to_a_link(file: Path, monkeypatch: pytest.MonkeyPatc
     assert (sent.content, sent.headers["X-Needed"]) == (file.read_bytes(), "1")
     assert sent.headers["Content-Length"] == str(len(file.read_bytes()))
     assert read_form(made) == {"incoming": link["incoming"], "eval_fraction": "0.1", "name": "faq.csv"}
+
+
+def test_other_host_gets_the_file_and_no_credentials() -> None:
+    client = Client("http://service", api_key="secret")
+    with serve_links() as links:
+        link = {"url": f"{links.url}/bucket/faq.csv", "headers": {"x-goog-if-generation-match": "0"}}
+        client.send_file(link, io.BytesIO(b"rows"), 4)
+        assert links.files["bucket/faq.csv"] == b"rows"
+        assert links.sent_headers["x-goog-if-generation-match"] == "0"
+        assert "secret" not in str(links.sent_headers)
+        links.status = 403
+        with pytest.raises(ApiError) as excinfo:
+            client.send_file(link, io.BytesIO(b"rows"), 4)
+    assert (excinfo.value.status, excinfo.value.hint) == (403, "repeat the command: it gets a new link")
+
+
+def test_link_that_does_not_answer_is_an_error() -> None:
+    with serve_links() as links:
+        url = links.url
+    with pytest.raises(ApiError, match="the upload broke off"):
+        Client("http://service").send_file({"url": f"{url}/x", "headers": {}}, io.BytesIO(b"rows"), 4)
 
 
 def test_large_file_goes_in_the_request_where_there_are_no_links(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

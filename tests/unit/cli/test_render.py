@@ -212,6 +212,13 @@ def test_job_paused_at_a_cap_says_so_and_how_to_continue() -> None:
     assert "paused:" not in render_summary(status="paused", pause_reason="requested")
 
 
+def test_job_that_makes_a_dataset_has_neither_method_nor_rows() -> None:
+    console = make_console()
+    dataset: Json = {"name": "faq.csv", "status": "processing", "rows": 0, "splits": {}}
+    print_job(console, make_job_json(trainer_type="ingest", method=""), datasets={"dataset_a": dataset})
+    assert "  dataset     faq.csv, processing, dataset_a\n  trainer     ingest\n" in read_console(console)
+
+
 def test_show_describes_a_finished_job_as_text() -> None:
     base, tuned = (make_metrics_json(eval_loss=loss, perplexity=loss * 2, eval_rows=39) for loss in (2.9, 0.6))
     job = make_job_json(
