@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from cli.background import ensure_service
 from cli.choices import resolve_base
 from cli.completion import complete_bases, complete_datasets
 from cli.errors import CliError
@@ -79,7 +80,7 @@ def upload_dataset(
     source_credentials: SourceCredentialsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a dataset. The service validates all rows before it stores any."""
+    """Make a dataset. The service validates all rows before it stores any. Starts a service on this machine if none runs."""
     reading = build_reading(
         mapping=mapping,
         pairs=pairs,
@@ -92,10 +93,12 @@ def upload_dataset(
     )
     options = RowOptions(name, eval_fraction, project, reading, build_secrets(source, hf_token, source_credentials))
     rows = None if is_source(source) else find_rows(_require_path(source))
+    settings = Settings.from_environment()
+    ensure_service(context, settings)
     with create_client(context) as client:
         if rows:
             dataset = upload_rows(client, rows, options, is_quiet=as_json)
-            remember_upload(client, rows, options, Settings.from_environment(), dataset["processed_dataset_id"])
+            remember_upload(client, rows, options, settings, dataset["processed_dataset_id"])
         else:
             dataset = import_source(client, source, options, is_quiet=as_json)
     print_answer(dataset, as_json, dataset["processed_dataset_id"])
@@ -118,7 +121,7 @@ def check_dataset(
     limit: Annotated[int, typer.Option("--limit", min=1, max=MAX_PROBLEMS, help="Problems to show.")] = SHOWN_PROBLEMS,
     as_json: JsonOption = False,
 ) -> None:
-    """Find every row that is not valid, without keeping anything. Exits with 1 if there is one."""
+    """Find every row that is not valid, without keeping anything. Exits with 1 if there is one. Starts a service if none runs."""
     reading = build_reading(
         mapping=mapping,
         pairs=pairs,
@@ -130,6 +133,7 @@ def check_dataset(
         drop_invalid=False,
     )
     rows = find_rows(file)
+    ensure_service(context, Settings.from_environment())
     with create_client(context) as client:
         found = check_rows(client, rows, RowOptions(eval_fraction=eval_fraction, reading=reading))
     if as_json:

@@ -95,7 +95,7 @@ _FIELD_NAME = re.compile(r"(?<![\w.'\"])[a-z][a-z_.]*[a-z](?![\w.])")
 
 def translate_hint(text: str, options: frozenset[str] = frozenset()) -> str:
     """Advice of the API, with commands for its routes, and the options of this command for its fields."""
-    text = _COUNT_TOKENS.sub(r"`tunesmith datasets tokens \1 --base \2`", text)
+    text = _COUNT_TOKENS.sub(_translate_token_lengths, text)
     for option, phrase, translated in PHRASES:
         if option in options:
             text = phrase.sub(translated, text)
@@ -108,6 +108,11 @@ def get_option(param: str | None, options: frozenset[str]) -> str | None:
         return None
     option = OPTIONS.get(param) or OPTIONS.get(f"training_config.{param}") or OPTIONS.get(param.partition(".")[0])
     return option if option in options else None
+
+
+def _translate_token_lengths(match: re.Match[str]) -> str:
+    dataset_id = "ID" if "{" in match[1] else match[1]
+    return f"`tunesmith datasets tokens {dataset_id} --base {match[2]}`"
 
 
 def _translate_route(match: re.Match[str]) -> str:

@@ -19,6 +19,7 @@ MAX_WATCH_TRIES = 20  # about a minute: `watch` runs for hours and should surviv
 BACKOFF = wait_exponential(0.3, max=3)
 MAX_RETRY_AFTER_S = 30  # a longer Retry-After is capped: a person is waiting
 RECONNECT_DELAY_S = 0.5
+DATASET_POLL_S = 1.0
 
 
 # Any: responses are JSON; their fields are in service/api/responses.py.
@@ -125,6 +126,15 @@ class Client:
             raise ApiError(f"the upload broke off: {error}", "repeat the command", "unreachable") from error
         if response.is_error:
             raise _api_error(response)
+
+    def follow_dataset(self, dataset_id: str) -> Iterator[Json]:
+        """Yield a dataset again and again until no job makes it any more."""
+        while True:
+            dataset = self._call_with_retry(lambda: self._http.get(f"/datasets/{dataset_id}"), MAX_WATCH_TRIES)
+            yield dataset
+            if dataset["status"] != "processing":
+                return
+            self._sleep(DATASET_POLL_S)
 
     def stream_events(self, job_id: str, after: int = 0) -> Iterator[Json]:
         """Yield events until the job is final, and reconnect when a connection ends. A paused job is not final.

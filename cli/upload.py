@@ -2,8 +2,7 @@
 
 import re
 import sys
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from http import HTTPStatus
@@ -22,7 +21,6 @@ from cli.rows import RowsFile, find_row_warning
 
 LINK_FROM_BYTES = 24_000_000  # Cloud Run refuses requests of 32 MiB
 SHOWN_FROM_BYTES = 5_000_000  # smaller uploads take no time
-POLL_S = 1.0
 SHOWN_PROBLEMS = 20
 ROW_PROBLEM = re.compile(r"(?P<place>(?:.* )?(?:line|row) \d+): (?P<reason>.*)", re.DOTALL)
 MAPPING = re.compile(r'\{"[^{}]*(?:\{[^{}]*\}[^{}]*)*\}')
@@ -110,7 +108,7 @@ def _show_progress(name: str, stream: BinaryIO, size: int) -> Generator[BinaryIO
         yield bar.wrap_file(stream, size, description=escape(name))
 
 
-def _follow(client: Client, dataset: Json, *, is_quiet: bool, sleep: Callable[[float], None] = time.sleep) -> Json:
+def _follow(client: Client, dataset: Json, *, is_quiet: bool) -> Json:
     """The dataset once it is ready. Raises CliError if it failed, and Exit(130) for Ctrl-C, which does not stop its job."""
     dataset_id = dataset["processed_dataset_id"]
     if dataset.get("status", "ready") == "ready":
@@ -119,9 +117,7 @@ def _follow(client: Client, dataset: Json, *, is_quiet: bool, sleep: Callable[[f
         err.print(f"{dataset_id}: a job reads the rows", highlight=False)
     try:
         with err.status("waiting for the job") as status:
-            while dataset["status"] == "processing":
-                sleep(POLL_S)
-                dataset = client.get(f"/datasets/{dataset_id}")
+            for dataset in client.follow_dataset(dataset_id):
                 status.update(escape(describe_phase(dataset)))
     except KeyboardInterrupt:
         err.print(f"the job goes on; `tunesmith datasets show {dataset_id}` says how far it is", highlight=False, soft_wrap=True)

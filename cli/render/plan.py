@@ -6,6 +6,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from cli.hints import OPTIONS, translate_hint
 from cli.http_client import Json
 from cli.render.formats import format_duration, format_size, humanize
 
@@ -33,7 +34,7 @@ def render_plan(plan: Json) -> Iterator[RenderableType]:
     for warning in plan["warnings"]:
         yield f"[yellow]warning[/] {escape(_name_field(warning['param']))}: {escape(warning['message'])}"
         if warning["hint"]:
-            yield f"  [dim]hint: {escape(warning['hint'])}[/]"
+            yield f"  [dim]hint: {escape(_translate(warning['hint']))}[/]"
 
 
 def describe_estimate(plan: Json) -> str:
@@ -63,7 +64,7 @@ def _training_lines(plan: Json) -> Iterator[str]:
     cut = f", {tokens['truncated_rows']:,} rows are cut" if tokens["truncated_rows"] else ""
     yield f"tokens    {about}{tokens['total']:,}{longest}{cut}"
     if tokens["note"]:
-        yield f"          [dim]{escape(tokens['note'])}[/]"
+        yield f"          [dim]{escape(_translate(tokens['note']))}[/]"
     for resolved in plan["resolved"]:
         yield f"auto      {escape(_name_field(resolved['field']))} {_format_value(resolved['value'])}: {escape(resolved['reason'])}"
 
@@ -107,7 +108,7 @@ def _reasons(estimates: Sequence[Json]) -> Iterator[str]:
     """Why the job does not run as requested on some hardware."""
     for each in estimates:
         if each["reason"] and (each["fit"] != "fits" or not each["supported"]):
-            yield f"[dim]{escape(each['hardware'])}: {escape(each['reason'])}[/]"
+            yield f"[dim]{escape(each['hardware'])}: {escape(_translate(each['reason']))}[/]"
 
 
 def _result_lines(plan: Json) -> Iterator[str]:
@@ -145,3 +146,8 @@ def _format_value(value: object) -> str:
 
 def _name_field(path: str) -> str:
     return humanize(path.removeprefix("training_config.").removeprefix("hyperparameters."))
+
+
+def _translate(advice: str) -> str:
+    """Advice with the options of `train` for fields."""
+    return translate_hint(advice, frozenset(OPTIONS.values()))

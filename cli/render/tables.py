@@ -100,10 +100,11 @@ def dataset_table(datasets: list[Json]) -> Table:
     table = _table("dataset", "name", "type", "rows", "splits", "created")
     for dataset in datasets:
         splits = ", ".join(f"{name} {rows}" for name, rows in dataset["splits"].items())
+        status = dataset.get("status", "ready")  # a service of an earlier version sends none
         table.add_row(
             dataset["processed_dataset_id"],
             escape(dataset["name"]),
-            format_rows(dataset),
+            format_rows(dataset) if status == "ready" else format_status(status),
             str(dataset["rows"]),
             splits,
             format_time(dataset["created_at"]),

@@ -77,6 +77,13 @@ def test_commands_of_the_table_exist(command: str) -> None:
         ("try a smaller batch_size or max_seq_length", "try a smaller --batch-size or --max-length"),
         ("set training_config.hyperparameters.learning_rate", "set --lr"),
         ("the method or the format", "the method or the format"),
+        ('POST /datasets/{id}/token_lengths with {"base_model_id": "a/b"}', "`tunesmith datasets tokens ID --base a/b`"),
+        ('correct it, or send on_invalid "drop" to keep the others', "correct it, or --drop-invalid to keep the others"),
+        (
+            'choose one with a mapping: {"text": "{a}"} or {"text": "b"}',
+            """choose one with --mapping '{"text": "{a}"}' or --mapping '{"text": "b"}'""",
+        ),
+        ("""--mapping '{"text": "b"}'""", """--mapping '{"text": "b"}'"""),
         ("set weight_decay or 'batch_size'", "set weight_decay or 'batch_size'"),
     ],
 )

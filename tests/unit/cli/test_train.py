@@ -14,6 +14,7 @@ from cli.http_client import Client, Json
 from cli.main import app
 from cli.render.dataset import describe_rows
 from cli.rows import find_row_warning
+from tests.unit.cli.api_json import make_plan_json
 from tests.unit.cli.fake_service import JOB_ID
 
 ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
@@ -50,6 +51,7 @@ class TrainingService:
         self.problems = problems or []
         self.requests: list[httpx2.Request] = []
         self.is_deleted = False
+        self.has_dry_runs = True
 
     def create_client(self) -> Client:
         return Client("http://service", transport=httpx2.MockTransport(self._reply), sleep=lambda _: None)
@@ -68,7 +70,7 @@ class TrainingService:
         request.read()
         match f"{request.method} {request.url.path}":
             case "POST /train":
-                return self._reply_to_train(json.loads(request.content))
+                return self._reply_to_train(json.loads(request.content), "dry_run" in request.url.params)
             case "POST /datasets":
                 return httpx2.Response(201, json=self.dataset)
             case "GET /datasets/dataset_1" if not self.is_deleted:
@@ -82,11 +84,15 @@ class TrainingService:
             case _:
                 return error_response(404, [Problem("there is no such path")])
 
-    def _reply_to_train(self, body: Json) -> httpx2.Response:
+    def _reply_to_train(self, body: Json, is_dry_run: bool) -> httpx2.Response:
         problems = list(self.problems)
         if body.get("processed_dataset_id") != "dataset_1":
             problems.insert(0, Problem("no such dataset", param="processed_dataset_id"))
-        return error_response(400, problems) if problems else httpx2.Response(201, json={"job_id": JOB_ID})
+        if problems:
+            return error_response(400, problems)
+        if is_dry_run and self.has_dry_runs:
+            return httpx2.Response(200, json=make_plan_json())
+        return httpx2.Response(201, json={"job_id": JOB_ID})
 
 
 def error_response(status: int, problems: list[Problem]) -> httpx2.Response:
@@ -310,3 +316,54 @@ def test_job_that_is_not_watched_is_not_described(rows: Path, words: list[str]) 
     done = run_train(service, *words, "--base", "a/b")
     assert done.stdout == f"{JOB_ID}\n"
     assert f"GET /jobs/{JOB_ID}" not in service.called
+
+
+def test_dry_run_prints_the_plan_and_starts_nothing(rows: Path) -> None:
+    service = TrainingService()
+    words = ["--batch-size", "auto", "--max-length", "auto", "--hardware", "auto", "--dry-run"]
+    done = run_train(service, rows, "--base", "a/b", *words)
+    assert (done.exit_code, "steps     12: 3 epochs of 27 rows" in done.stdout) == (0, True), done.output
+    trainings = [request for request in service.requests if request.url.path == "/train"]
+    assert all("dry_run" in request.url.params for request in trainings)
+    assert service.trained["hardware"] == "auto"
+    assert service.trained["training_config"]["hyperparameters"] == {"batch_size": "auto", "max_seq_length": "auto"}
+    as_json = run_train(service, "dataset_1", "--base", "a/b", "--dry-run", "--json")
+    assert json.loads(as_json.stdout) == make_plan_json()
+
+
+def test_dry_run_of_an_earlier_service_names_the_job_that_it_started(rows: Path) -> None:
+    service = TrainingService()
+    service.has_dry_runs = False
+    done = run_train(service, "dataset_1", "--base", "a/b", "--dry-run")
+    assert isinstance(done.exception, CliError)
+    assert done.exception.hint == f"`tunesmith cancel {JOB_ID}` stops it"
+
+
+@pytest.mark.parametrize("has_dry_runs", [True, False])
+def test_person_sees_an_estimate_before_one_job_starts(rows: Path, has_dry_runs: bool) -> None:
+    service = TrainingService()
+    service.has_dry_runs = has_dry_runs
+    done = run_train(service, "dataset_1", "--base", "a/b", "--watch")
+    assert ("estimate  1 min 0 s to 3 min 20 s" in done.stderr) == has_dry_runs
+    started = [request for request in service.requests if request.url.path == "/train" and not (has_dry_runs and request.url.params)]
+    assert len(started) == 1
+    assert done.stdout.startswith(JOB_ID)
+
+
+def test_count_is_a_number_or_auto(rows: Path) -> None:
+    done = run_train(TrainingService(), "dataset_1", "--base", "a/b", "--batch-size", "many")
+    assert isinstance(done.exception, CliError)
+    assert done.exception.param == "training_config.hyperparameters.batch_size"
+
+
+def test_options_of_a_file_need_a_file(rows: Path) -> None:
+    done = run_train(TrainingService(), "dataset_1", "--base", "a/b", "--map", "prompt=question")
+    assert isinstance(done.exception, CliError)
+    assert "there is none" in done.exception.message
+
+
+def test_other_options_make_another_dataset(rows: Path) -> None:
+    service = TrainingService()
+    for words in ([], ["--drop-invalid"]):
+        run_train(service, rows, "--base", "a/b", "--detach", *words)
+    assert service.called.count("POST /datasets") == 2
