@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from cli.background import ensure_service
-from cli.choices import choose_default_exports, choose_trainer, describe_choices, resolve_base
+from cli.choices import JOB_PREFIX, choose_default_exports, choose_trainer, describe_choices, resolve_base
 from cli.completion import complete_bases, complete_hardware, complete_methods, complete_trainers
 from cli.errors import ApiError, CliError
 from cli.export_options import (
@@ -214,6 +215,7 @@ def train(
         elif given.dataset_id:
             _complete_request(client, request, client.get(f"/datasets/{given.dataset_id}"))
         if is_dry_run:
+            _count_tokens(client, request)
             _print_plan(client.plan(request), as_json)
             return
         job_id = _submit(client, request, shows_estimate=follows and not as_json)
@@ -278,6 +280,14 @@ def _parse_count(field: str, text: str | None) -> int | str | None:
         raise CliError(
             f"{text!r} is not a whole number", f"give a number, or {AUTO}", param=f"training_config.hyperparameters.{field}"
         ) from None
+
+
+def _count_tokens(client: Client, request: Json) -> None:
+    """Let the service count the tokens of the rows, which makes a plan exact. Without its base in the store they stay an estimate."""
+    base: object = request["training_config"].get("base_model_id")
+    if isinstance(base, str) and not base.startswith(JOB_PREFIX) and "processed_dataset_id" in request:
+        with suppress(ApiError):
+            client.post(f"/datasets/{request['processed_dataset_id']}/token_lengths", {"base_model_id": base})
 
 
 def _add_wandb_key(training_config: Json, key: SecretOption) -> None:

@@ -52,6 +52,7 @@ SMOKES: dict[str, Smoke] = {
     "format": Smoke(),
     "lock": Smoke(("ARGS=--dry-run",)),
     "test-fast": COLLECT_TESTS,
+    "test-ingest": COLLECT_TESTS,
     "test-cloud": COLLECT_TESTS,
     "test-infra": COLLECT_TESTS,
     "test-llm": COLLECT_TESTS,

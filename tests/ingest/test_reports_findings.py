@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import random
 import string
 
@@ -138,3 +139,22 @@ def test_secrets_are_looked_for_in_rows_outside_the_sample(monkeypatch: pytest.M
     assert report.sampled_rows == 100
     assert ([finding.first_rows for finding in report.secrets], report.personal_data) == ([(2,)], ())
     assert [finding.first_rows for finding in report_on(rows, full_report=True).personal_data] == [(2,)]
+
+
+def test_a_process_of_its_own_finds_the_same_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = make_clean_rows()
+    for number, secret in enumerate(SECRETS.values()):
+        rows[number * 7]["completion"] = f"use {secret} for it"
+    expected = report_on(rows).secrets
+    assert len(expected) == len(SECRETS)
+    monkeypatch.setattr("jobs.ingest.reports.secret_scan.MIN_WORKER_BYTES", 0)
+    monkeypatch.setattr("threading.active_count", lambda: 1)  # pytest-xdist has a thread that only reads
+    assert report_on(rows).secrets == expected
+
+
+def test_end_of_the_process_that_looks_for_secrets_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.ingest.reports.secret_scan.MIN_WORKER_BYTES", 0)
+    monkeypatch.setattr("threading.active_count", lambda: 1)
+    monkeypatch.setattr("jobs.ingest.reports.secret_scan.scan_rows", lambda _: os._exit(3))
+    with pytest.raises(RuntimeError, match="ended with code 3"):
+        report_on(make_clean_rows())

@@ -1,4 +1,4 @@
-"""Joins what is found in the rows that were kept, in one pass over each split.
+"""Joins what is found in the rows that were kept, in one pass over each split beside the scan for secrets.
 
 Secrets are looked for in every row, and tokens are counted in every row. Everything else is looked for in a sample: every row whose number
 is a multiple of the same step, so the same file always gives the same report.
@@ -16,7 +16,7 @@ from jobs.ingest.reports.languages import LanguageCounter
 from jobs.ingest.reports.near_duplicates import NearDuplicateFinder
 from jobs.ingest.reports.personal_data import find_personal_data
 from jobs.ingest.reports.row_texts import Row, read_texts
-from jobs.ingest.reports.secrets import find_secrets, may_have_secrets
+from jobs.ingest.reports.secret_scan import SecretScan
 from jobs.ingest.reports.warnings import RowStatistics, list_warnings
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.ingestion import REPORT_SAMPLE_ROWS, DatasetReport, IngestedRows, IngestOptions, IngestProgress, TokenLengths
@@ -69,10 +69,11 @@ class _ReportBuilder:
         self._held_out_step = self._choose_step(self._counts.get(EVAL_SPLIT, 0))
         self._sampled_bytes = 0
         self._statistics = RowStatistics()
-        self._personal_data, self._secrets = FindingCounter(), FindingCounter()
+        self._personal_data = FindingCounter()
         has_libraries = all(find_spec(name) for name in LIBRARIES)
         self._languages = LanguageCounter() if has_libraries else None
         self._near_duplicates = NearDuplicateFinder() if has_libraries and len(self._splits) > 1 else None
+        self._secrets = SecretScan(self._splits)
         self._token_problem = ""
         self._tokens = self._start_counting(tokenizer_folder)
 
@@ -113,28 +114,27 @@ class _ReportBuilder:
             totals.add(split, counter.count(rows))
 
     def _iter_lines(self) -> Iterator[_Line]:
-        bytes_read = passed = 0
+        """The rows that something is looked for in: all of them while tokens are counted."""
+        bytes_before, passed = 0, 0
         for split, path in self._splits.items():
             with path.open("rb") as lines:
                 for number, content in enumerate(lines, 1):
-                    bytes_read, passed = bytes_read + len(content), passed + 1
+                    if self._tokens is None and (number - 1) % self._step and not self._is_compared(split, number):
+                        continue
+                    passed += 1
                     if passed % PROGRESS_ROWS == 0:
-                        self._on_progress(
-                            IngestProgress(rows=passed, bytes_read=bytes_read, total_bytes=self._total_bytes, phase="reporting")
-                        )
+                        read = IngestProgress(rows=passed, bytes_read=bytes_before, total_bytes=self._total_bytes, phase="reporting")
+                        self._on_progress(read)
                     yield _Line(split, number, content)
+            bytes_before += path.stat().st_size
 
     def _look_at(self, line: _Line) -> Row | None:
         """Look for everything in one row; the row, if it had to be parsed."""
-        is_sampled = (line.number - 1) % self._step == 0
-        is_compared = self._near_duplicates is not None and (is_sampled or self._is_compared_held_out(line))
-        is_suspicious = may_have_secrets(line.content)
-        if not (is_sampled or is_compared or is_suspicious):
+        is_sampled, is_compared = self._is_sampled(line.number), self._is_compared(line.split, line.number)
+        if not (is_sampled or is_compared):
             return None
         row: Row = orjson.loads(line.content)
         texts = read_texts(row)
-        if is_suspicious:
-            self._secrets.add(find_secrets(texts.everything), line.split, line.number)
         if is_compared and self._near_duplicates is not None:
             add = self._near_duplicates.add_training if line.split == TRAIN_SPLIT else self._near_duplicates.add_held_out
             add(line.number, texts.conversation)
@@ -146,8 +146,14 @@ class _ReportBuilder:
                 self._personal_data.add(find_personal_data(texts.everything), line.split, line.number)
         return row
 
-    def _is_compared_held_out(self, line: _Line) -> bool:
-        return line.split == EVAL_SPLIT and (line.number - 1) % self._held_out_step == 0
+    def _is_sampled(self, number: int) -> bool:
+        return (number - 1) % self._step == 0
+
+    def _is_compared(self, split: str, number: int) -> bool:
+        """Whether near-duplicates of the row are looked for: of the sampled ones, and of more that are held out."""
+        if self._near_duplicates is None:
+            return False
+        return self._is_sampled(number) or (split == EVAL_SPLIT and (number - 1) % self._held_out_step == 0)
 
     def _describe(self) -> DatasetReport:
         statistics = self._statistics
@@ -159,7 +165,7 @@ class _ReportBuilder:
             near_duplicates=self._near_duplicates.finish() if self._near_duplicates else None,
             languages=self._languages.shares() if self._languages else {},
             personal_data=self._personal_data.findings(),
-            secrets=self._secrets.findings(),
+            secrets=self._secrets.finish().findings(),
             token_lengths=self._describe_tokens(),
         )
         warnings = list_warnings(self._counts, statistics, report)

@@ -327,6 +327,7 @@ def test_dry_run_prints_the_plan_and_starts_nothing(rows: Path) -> None:
     assert (done.exit_code, "steps     12: 3 epochs of 27 rows" in done.stdout) == (0, True), done.output
     trainings = [request for request in service.requests if request.url.path == "/train"]
     assert all("dry_run" in request.url.params for request in trainings)
+    assert service.called[-2:] == ["POST /datasets/dataset_1/token_lengths", "POST /train"]  # a plan is made without a count too
     assert service.trained["hardware"] == "auto"
     assert service.trained["training_config"]["hyperparameters"] == {"batch_size": "auto", "max_seq_length": "auto"}
     as_json = run_train(service, "dataset_1", "--base", "a/b", "--dry-run", "--json")
