@@ -34,13 +34,24 @@ def test_file_is_reported_as_expected(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", HOSTILE, ids=lambda case: case.name)
 def test_hostile_file_is_reported_as_expected(case: Case, tmp_path: Path) -> None:
     GENERATED[case.file](tmp_path / case.file)
-    output = tmp_path / "out"
+    check(case, ingest_in_a_process(case, tmp_path), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["rows.feather", "decimals.parquet", "saved_dataset.zip", "merged_cells.xlsx"])
+def test_library_of_a_format_starts_within_the_memory_of_the_service(name: str, tmp_path: Path) -> None:
+    [case] = [case for case in KEPT if case.name == name]
+    check(case, ingest_in_a_process(case, tmp_path), tmp_path / "out")
+
+
+def ingest_in_a_process(case: Case, folder: Path) -> IngestOutcome:
+    """What the service would get for the file, of a process with its limit of memory."""
+    output = folder / "out"
     output.mkdir()
-    task = case.make_task(output, tmp_path)
+    task = case.make_task(output, folder)
     task = task.model_copy(update={"limits": task.limits.model_copy(update={"max_memory_bytes": MEMORY_BYTES})})
-    (tmp_path / "task.json").write_text(task.model_dump_json())
+    (folder / "task.json").write_text(task.model_dump_json())
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.ingest", str(tmp_path / "task.json")],
+        [sys.executable, "-m", "jobs.ingest", str(folder / "task.json")],
         env=dict(os.environ) | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -48,7 +59,7 @@ def test_hostile_file_is_reported_as_expected(case: Case, tmp_path: Path) -> Non
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    check(case, IngestOutcome.load((output / "outcome.json").read_bytes()), output)
+    return IngestOutcome.load((output / "outcome.json").read_bytes())
 
 
 def check(case: Case, outcome: IngestOutcome, output: Path) -> None:

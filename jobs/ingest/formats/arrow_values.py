@@ -41,6 +41,7 @@ def use_system_memory() -> None:
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     pyarrow.set_cpu_count(1)
+    pyarrow.set_io_thread_count(1)  # each thread reserves addresses of its own too
 
 
 def choose_batch_rows(size_bytes: int, rows: int) -> int:
