@@ -190,7 +190,8 @@ def _refuse(context: JobContext, outcome: IngestOutcome) -> JobFailed:
     first = "; ".join(_describe_problem(problem) for problem in outcome.problems[:SHOWN_PROBLEMS])
     if outcome.problem_count == 1:
         return JobFailed("invalid_data", f"a row is not valid: {first}", 'correct it, or send on_invalid "drop" to leave it out')
-    hint = 'GET /datasets/{id} lists the first 1,000; correct them, or send on_invalid "drop" to leave them out'
+    listed = f"GET /datasets/{context.spec.dataset.processed_dataset_id} lists the first 1,000"
+    hint = f'{listed}; correct them, or send on_invalid "drop" to leave them out'
     return JobFailed("invalid_data", f"{outcome.problem_count:,} of {outcome.rows_read:,} rows are not valid: {first}", hint)
 
 

@@ -23,13 +23,7 @@ def _iter_warnings(dataset: Dataset) -> Iterator[tuple[str, str]]:
     report = dataset.report
     if report is None:
         return
-    near = report.near_duplicates
-    if near is not None and near.held_out_rows_with_a_near_duplicate:
-        count = near.held_out_rows_with_a_near_duplicate
-        yield f"{count} held-out rows nearly repeat training rows, which makes the evaluation too good", "remove the repetitions"
-    for finding in report.secrets:
-        yield f"{finding.rows} rows seem to contain a secret ({finding.kind}), which a model may repeat", "remove it from the rows"
     for finding in report.personal_data:
         yield f"{finding.rows} rows seem to contain personal data ({finding.kind})", "check that it may be trained on"
-    for warning in report.warnings:
-        yield warning, "see the report of the dataset: GET /datasets/{id}"
+    for warning in report.warnings:  # which say what would help
+        yield warning, f"GET /datasets/{dataset.processed_dataset_id} has the whole report"
