@@ -159,7 +159,7 @@ class _Ingestion:
         """All rows and problems. Workers take the lines of large files that are rows as they are; a mapping remembers what it saw."""
         opened = self._opened
         is_large = opened.format == "jsonl" and self._mapper.mapping is None and opened.total_bytes >= MIN_WORKER_BYTES
-        if is_large and threading.active_count() == 1:  # with more, a fork could keep a lock for ever
+        if is_large and threading.active_count() == 1:  # with more, a fork could keep a lock forever
             return read_rows_concurrently(opened.iter_records(), self._reader)
         return read_rows(opened.iter_records(), self._reader)
 

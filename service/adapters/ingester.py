@@ -10,8 +10,8 @@ from pathlib import Path
 
 from schema.base import ForwardCompatible
 from schema.ingestion import IngestOutcome, IngestTask, TokenLengthsOutcome, TokenLengthsTask
+from service.core.datasets.ports import IngestTimeout
 from service.core.errors import DiskFull, InvalidRequest, TunesmithError, Unavailable
-from service.core.ports import IngestTimeout
 from service.setting_types import SOURCE_ROOT
 
 log = logging.getLogger(__name__)

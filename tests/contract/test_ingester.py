@@ -10,8 +10,8 @@ import pytest
 
 from schema.ingestion import IngestLimits, IngestOptions, IngestTask, InputFile
 from service.adapters.ingester import ProcessIngester
+from service.core.datasets.ports import IngestTimeout
 from service.core.errors import DiskFull, InvalidRequest, Unavailable
-from service.core.ports import IngestTimeout
 from service.setting_types import SOURCE_ROOT
 
 PYTHON = SOURCE_ROOT / ".venvs/data/bin/python"

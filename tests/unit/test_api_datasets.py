@@ -13,7 +13,7 @@ from schema.dataset import Dataset
 from schema.ingestion import IngestTask
 from schema.job import Failure, Job, Status
 from service.adapters.ingester import ProcessIngester
-from service.core.ports import IngestTimeout
+from service.core.datasets.ports import IngestTimeout
 from service.core.principals import Principal
 from tests.factories import make_job
 from tests.unit.api_harness import ROWS, get_error, get_services, run_test_service, submit_job, upload

@@ -11,10 +11,10 @@ from schema.ingestion import InputProblem, TokenLengths, TokenLengthsOutcome, To
 from schema.models import model_prefix
 from service.core.datasets.assembly import DatasetServices
 from service.core.datasets.ingestion import Upload
+from service.core.datasets.ports import IngestTimeout
 from service.core.datasets.token_lengths import apply_max_seq_length, find_token_lengths
 from service.core.datasets.tokenizers import Tokenizers
 from service.core.errors import InvalidRequest, TooLarge
-from service.core.ports import IngestTimeout
 from service.core.principals import LOCAL_PRINCIPAL
 from storage import ObjectStore
 from storage.file import LocalStore

@@ -34,7 +34,7 @@ class SecretScan:
         self._splits = splits
         self._worker: ForkProcess | None = None
         size_bytes = sum(path.stat().st_size for path in splits.values())
-        if size_bytes >= MIN_WORKER_BYTES and threading.active_count() == 1:  # with more, a fork could keep a lock for ever
+        if size_bytes >= MIN_WORKER_BYTES and threading.active_count() == 1:  # with more, a fork could keep a lock forever
             self._connection, workers_end = Pipe(duplex=False)
             worker = self._worker = ForkProcess(target=_scan_and_send, args=(workers_end, splits), daemon=True)
             worker.start()

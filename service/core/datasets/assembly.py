@@ -8,10 +8,11 @@ from pathlib import Path
 from schema.ingestion import IngestLimits
 from service.core.datasets.incoming import IncomingFiles
 from service.core.datasets.ingestion import DatasetIngestion, IngestionStarter
+from service.core.datasets.ports import Ingester
 from service.core.datasets.records import Datasets
 from service.core.datasets.token_lengths import TokenCounts
 from service.core.datasets.tokenizers import Tokenizers
-from service.core.ports import Buckets, Ingester, JobStore, UrlSigner
+from service.core.ports import Buckets, JobStore, UrlSigner
 from service.core.quotas import QuotaChecks
 
 

@@ -24,10 +24,11 @@ from schema.ingestion import (
 from schema.job import Job
 from schema.placement import Hardware
 from service.core.datasets.incoming import IncomingFiles
+from service.core.datasets.ports import Ingester, IngestTimeout
 from service.core.datasets.records import split_key
 from service.core.datasets.tokenizers import Tokenizers
 from service.core.errors import InvalidDataset, InvalidRequest, TooLarge, Unsupported
-from service.core.ports import Ingester, IngestTimeout, JobStore
+from service.core.ports import JobStore
 from service.core.principals import Principal, Scope
 from service.core.quotas import QuotaChecks
 from storage import ObjectStore

@@ -9,10 +9,10 @@ from pydantic import ValidationError
 
 from schema.dataset import Dataset
 from schema.ingestion import IngestLimits, TokenLengths, TokenLengthsTask
+from service.core.datasets.ports import Ingester, IngestTimeout
 from service.core.datasets.records import Datasets, dataset_prefix
 from service.core.datasets.tokenizers import Tokenizers
 from service.core.errors import InvalidRequest, TooLarge
-from service.core.ports import Ingester, IngestTimeout
 from service.core.principals import Principal, Scope
 from storage import NoSuchObject, ObjectStore
 from storage.file import LocalStore
