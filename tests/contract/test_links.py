@@ -28,7 +28,7 @@ from infra.loopback.google_identity import ACCESS_TOKEN, KEY_ID, GoogleIdentity,
 from service.adapters.links import MAX_EXPIRES_S, URL_SIGNERS, ServiceUrlSigner, content_disposition, create_url_signer
 from service.adapters.links.cloud_storage import CloudStorageUrlSigner
 from service.core.errors import InvalidRequest, Unauthorized, Unavailable
-from service.core.ports import SignedUpload, UrlSigner
+from service.core.links import SignedUpload, UrlSigner
 from service.core.tokens import TokenSigner
 from storage import ObjectStore
 from storage.deadline import deadline

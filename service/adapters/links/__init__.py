@@ -7,7 +7,7 @@ from pkgutil import resolve_name
 from urllib.parse import quote
 
 from service.core.errors import InvalidRequest
-from service.core.ports import SignedUpload, UrlSigner
+from service.core.links import SignedUpload, UrlSigner
 from service.core.tokens import TokenSigner
 from storage import ObjectStore
 

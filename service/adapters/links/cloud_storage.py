@@ -22,7 +22,7 @@ from google.auth.transport.requests import Request
 
 from service.adapters.links import check_expiry, content_disposition
 from service.core.errors import Unavailable
-from service.core.ports import SignedUpload
+from service.core.links import SignedUpload
 from storage import StorageError
 from storage.deadline import deadline
 from storage.gs import GcsStore, create_deadline_session

@@ -2,7 +2,7 @@
 
 from service.adapters.links import check_expiry, content_disposition
 from service.core.errors import Unavailable
-from service.core.ports import SignedUpload
+from service.core.links import SignedUpload
 from storage import StoreUnavailable
 from storage.s3 import S3Store
 

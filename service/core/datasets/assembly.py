@@ -12,7 +12,8 @@ from service.core.datasets.ports import Ingester
 from service.core.datasets.records import Datasets
 from service.core.datasets.token_lengths import TokenCounts
 from service.core.datasets.tokenizers import Tokenizers
-from service.core.ports import Buckets, JobStore, UrlSigner
+from service.core.links import UrlSigner
+from service.core.ports import Buckets, JobStore
 from service.core.quotas import QuotaChecks
 
 

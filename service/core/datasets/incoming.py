@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from pathlib import Path, PurePath
 
 from service.core.errors import InvalidRequest, NotFound, TooLarge
-from service.core.ports import SignedUpload, UrlSigner
+from service.core.links import SignedUpload, UrlSigner
 from service.core.principals import LOCAL_TENANT, Principal, Scope
 from service.core.quotas import QuotaChecks
 from storage import InvalidKey, ObjectStore, StoredObject

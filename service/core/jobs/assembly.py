@@ -24,7 +24,8 @@ from service.core.jobs.storage_usage import StorageQueries
 from service.core.jobs.submit import Submission
 from service.core.jobs.trackers import DeploymentTrackers
 from service.core.launchers import LauncherPool
-from service.core.ports import Buckets, Hub, JobStore, SecretStore, UrlSigner, Wake
+from service.core.links import UrlSigner
+from service.core.ports import Buckets, Hub, JobStore, SecretStore, Wake
 from service.core.quotas import QuotaChecks, Quotas
 from service.core.store_credentials import CredentialIssuer
 from service.core.tokens import TokenSigner

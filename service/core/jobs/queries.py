@@ -14,14 +14,8 @@ from service.core.jobs.checkpoints import StoredCheckpoint, list_checkpoints
 from service.core.jobs.manifest import write_manifest
 from service.core.jobs.repository import JobRepository
 from service.core.launchers import LauncherPool
-from service.core.ports import (
-    LogLocator,
-    LogPage,
-    LogReader,
-    Page,
-    UrlSigner,
-    Wake,
-)
+from service.core.links import UrlSigner
+from service.core.ports import LogLocator, LogPage, LogReader, Page, Wake
 from service.core.principals import Principal, Scope
 from service.core.suggestions import did_you_mean
 from storage import ObjectStore
