@@ -43,7 +43,7 @@ def probe_environment(environment: str) -> EnvironmentManifest:
     probes = {config.family: config.probe for config in JOB_TYPES.values() if config.environment == environment}
     if not probes:
         known = sorted({config.environment for config in JOB_TYPES.values()})
-        raise ValueError(f"no family of trainers uses it; known: {', '.join(known)}")
+        raise ValueError(f"no family uses it; known: {', '.join(known)}")
     families: dict[str, FamilyCapabilities] = {family: resolve_name(probe)() for family, probe in probes.items()}
     return EnvironmentManifest(
         environment=environment,

@@ -37,7 +37,7 @@ def test_probe_prints_without_an_output_file(capsys: pytest.CaptureFixture[str])
 
 def test_unknown_environment_is_one_line_of_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert probe.main(["moon", "--output", str(tmp_path / "x")]) == 1
-    assert capsys.readouterr().err == "environment 'moon' does not work: ValueError: no family of trainers uses it; known: llm\n"
+    assert capsys.readouterr().err == "environment 'moon' does not work: ValueError: no family uses it; known: data, llm\n"
     assert [*tmp_path.iterdir()] == []
 
 

@@ -18,7 +18,11 @@ class ControlTokens:
     """The special tokens of a tokenizer, and how often their texts are meant as such."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        tokens = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._texts = {token.content for token in tokens}
+        # Those that take the spaces and line breaks beside them.
+        self._strip_before = {token.content for token in tokens if token.lstrip}
+        self._strip_after = {token.content for token in tokens if token.rstrip}
         self._lengths: dict[str, list[int]] = {}
         for first in {text[0] for text in self._texts}:
             self._lengths[first] = sorted({len(text) for text in self._texts if text[0] == first}, reverse=True)
@@ -41,12 +45,17 @@ class ControlTokens:
 
     def count(self, backend: "Tokenizer", text: str) -> int:
         """The tokens of a text, in which hidden ones are text."""
+        if not self.has_hidden(text):
+            return len(backend.encode(text, add_special_tokens=False))
         count = start = position = 0
         while found := self._first_pattern.search(text, position):
             token = self._match(text, found.start())
             position = found.start() + len(token or " ")
             if token:  # one of the template: no other token crosses it
-                count += self._count_piece(backend, text[start : found.start()]) + 1
+                piece = text[start : found.start()]
+                count += self._count_piece(backend, piece.rstrip() if token in self._strip_before else piece) + 1
+                if token in self._strip_after:
+                    position += len(text[position:]) - len(text[position:].lstrip())
                 start = position
         return count + self._count_piece(backend, text[start:])
 
