@@ -8,6 +8,7 @@ import os
 import pickle
 import queue
 import signal
+import sys
 import threading
 import traceback
 from collections import deque
@@ -27,7 +28,8 @@ from schema.ingestion import IngestLimits, RowProblem
 WORKERS = 2
 BLOCK_RECORDS = 1000
 BLOCK_BYTES = 1 << 20
-BLOCKS_PER_WORKER = 2
+BLOCKS_PER_WORKER = 4
+SWITCH_INTERVAL_S = 0.00005  # the thread that receives must not wait long for the one that computes, or the parent waits for both
 OUT_OF_MEMORY = 12  # the exit code of a worker; errno's ENOMEM
 Block = list[Record | RowProblem]
 
@@ -154,6 +156,7 @@ def _work(connection: Connection, reader: RowReader) -> None:
     try:
         # Blocks are taken out of the connection at once: the parent must never wait for a worker that waits for the parent.
         blocks = queue.SimpleQueue[bytes | None]()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         threading.Thread(target=_receive_blocks, args=(connection, blocks), daemon=True).start()
         while (block := blocks.get()) is not None:
             records = pickle.loads(block)  # noqa: S301  # from the parent

@@ -44,6 +44,7 @@ def client(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[htt
         "TUNESMITH_HOME": str(folder / "home"),
         "TUNESMITH_LAUNCHERS": "local,toy",
         "TUNESMITH_LOCAL_VENVS": str(folder / "venvs"),
+        "TUNESMITH_INGEST_PYTHON": str(SOURCE / ".venvs/data/bin/python"),
         "TUNESMITH_LOCAL_ENVIRONMENTS": str(tree / "jobs/environments"),
         "TUNESMITH_TOY_SOURCE": str(folder / "toy-code"),
         "TUNESMITH_OBJECTS_URL": f"toy://{folder}/objects",

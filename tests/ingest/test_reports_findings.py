@@ -141,20 +141,21 @@ def test_secrets_are_looked_for_in_rows_outside_the_sample(monkeypatch: pytest.M
     assert [finding.first_rows for finding in report_on(rows, full_report=True).personal_data] == [(2,)]
 
 
-def test_a_process_of_its_own_finds_the_same_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_of_its_own_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = make_clean_rows()
     for number, secret in enumerate(SECRETS.values()):
         rows[number * 7]["completion"] = f"use {secret} for it"
-    expected = report_on(rows).secrets
-    assert len(expected) == len(SECRETS)
-    monkeypatch.setattr("jobs.ingest.reports.secret_scan.MIN_WORKER_BYTES", 0)
+    rows[1]["completion"] = "write to maria.kowalska@web.de"
+    expected = report_on(rows)
+    assert (len(expected.secrets), len(expected.personal_data)) == (len(SECRETS), 1)
+    monkeypatch.setattr("jobs.ingest.reports.finding_scan.MIN_WORKER_BYTES", 0)
     monkeypatch.setattr("threading.active_count", lambda: 1)  # pytest-xdist has a thread that only reads
-    assert report_on(rows).secrets == expected
+    assert report_on(rows) == expected
 
 
-def test_end_of_the_process_that_looks_for_secrets_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.ingest.reports.secret_scan.MIN_WORKER_BYTES", 0)
+def test_end_of_the_process_that_looks_for_findings_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.ingest.reports.finding_scan.MIN_WORKER_BYTES", 0)
     monkeypatch.setattr("threading.active_count", lambda: 1)
-    monkeypatch.setattr("jobs.ingest.reports.secret_scan.scan_rows", lambda _: os._exit(3))
+    monkeypatch.setattr("jobs.ingest.reports.finding_scan.scan_rows", lambda *_: os._exit(3))
     with pytest.raises(RuntimeError, match="ended with code 3"):
         report_on(make_clean_rows())

@@ -1,4 +1,4 @@
-"""Joins what is found in the rows that were kept, in one pass over each split beside the scan for secrets.
+"""Joins what is found in the rows that were kept, in one pass over each split beside the scan for secrets and personal data.
 
 Secrets are looked for in every row, and tokens are counted in every row. Everything else is looked for in a sample: every row whose number
 is a multiple of the same step, so the same file always gives the same report.
@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import orjson
 
-from jobs.ingest.reports.findings import FindingCounter
+from jobs.ingest.reports.finding_scan import FindingScan
 from jobs.ingest.reports.languages import LanguageCounter
 from jobs.ingest.reports.near_duplicates import NearDuplicateFinder
-from jobs.ingest.reports.personal_data import find_personal_data
 from jobs.ingest.reports.row_texts import Row, read_texts
-from jobs.ingest.reports.secret_scan import SecretScan
 from jobs.ingest.reports.warnings import RowStatistics, list_warnings
 from schema.dataset import EVAL_SPLIT, TRAIN_SPLIT
 from schema.ingestion import REPORT_SAMPLE_ROWS, DatasetReport, IngestedRows, IngestOptions, IngestProgress, TokenLengths
@@ -69,11 +67,10 @@ class _ReportBuilder:
         self._held_out_step = self._choose_step(self._counts.get(EVAL_SPLIT, 0))
         self._sampled_bytes = 0
         self._statistics = RowStatistics()
-        self._personal_data = FindingCounter()
         has_libraries = all(find_spec(name) for name in LIBRARIES)
         self._languages = LanguageCounter() if has_libraries else None
         self._near_duplicates = NearDuplicateFinder() if has_libraries and len(self._splits) > 1 else None
-        self._secrets = SecretScan(self._splits)
+        self._findings = FindingScan(self._splits, self._step if has_libraries else None)
         self._token_problem = ""
         self._tokens = self._start_counting(tokenizer_folder)
 
@@ -143,7 +140,6 @@ class _ReportBuilder:
             self._statistics.add(texts)
             if self._languages is not None:
                 self._languages.add(texts.answer if len(texts.answer) >= MIN_ANSWER_CHARACTERS else texts.conversation)
-                self._personal_data.add(find_personal_data(texts.everything), line.split, line.number)
         return row
 
     def _is_sampled(self, number: int) -> bool:
@@ -156,7 +152,7 @@ class _ReportBuilder:
         return self._is_sampled(number) or (split == EVAL_SPLIT and (number - 1) % self._held_out_step == 0)
 
     def _describe(self) -> DatasetReport:
-        statistics = self._statistics
+        statistics, findings = self._statistics, self._findings.finish()
         report = DatasetReport(
             rows_read=self._total_rows,
             rows_kept=self._total_rows,
@@ -164,8 +160,8 @@ class _ReportBuilder:
             sampled_rows=statistics.rows if self._languages is not None else 0,
             near_duplicates=self._near_duplicates.finish() if self._near_duplicates else None,
             languages=self._languages.shares() if self._languages else {},
-            personal_data=self._personal_data.findings(),
-            secrets=self._secrets.finish().findings(),
+            personal_data=findings.personal_data.findings(),
+            secrets=findings.secrets.findings(),
             token_lengths=self._describe_tokens(),
         )
         warnings = list_warnings(self._counts, statistics, report)
