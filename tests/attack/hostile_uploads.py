@@ -126,7 +126,7 @@ def _make_datasets(canary: CanaryServer, target: Target) -> Iterator[tuple[str, 
         yield f"an image at {place[:30]}", _file(json.dumps(row).encode())
     good = b'{"text": "a row"}\n' * 10
     yield "a gzip bomb", _file(gzip.compress(bytes(100 << 20)), "rows.jsonl.gz")
-    yield "gzipped rows", _file(gzip.compress(good), "rows.jsonl")
+    yield "a gzip in a gzip", _file(gzip.compress(gzip.compress(good)), "rows.jsonl.gz")
     yield "a zip with a traversal", _file(_zip("../../../canary", good), "rows.zip")
     yield "a zip bomb", _file(_zip("rows.jsonl", bytes(100 << 20)), "rows.jsonl")
     yield "a tar with a link", _file(_tar_link(), "rows.tar")
