@@ -110,7 +110,7 @@ test: export OMP_NUM_THREADS = 1
 # then test-attack run beside it.
 test: export COVERAGE = --cov --cov-report=
 test: test-fast ## Run every test, with real processes and models, and report coverage: about 20 minutes on two cores
-	$(MAKE) --no-print-directory --jobs 2 --output-sync test-cloud test-ingest test-infra test-attack
+	$(MAKE) --no-print-directory --jobs 2 --output-sync test-cloud test-infra test-ingest test-attack
 	$(MAKE) --no-print-directory test-llm
 	$(MAKE) --no-print-directory test-chaos
 	$(MAKE) --no-print-directory test-e2e
