@@ -106,8 +106,8 @@ BY_FILE := --dist loadfile --no-loadscope-reorder
 # One torch thread: two threads on two busy cores are slower.
 test: export OMP_NUM_THREADS = 1
 # Tests that run the service in their own process measure its coverage. Tracing takes half as much processor time again for these, and
-# little of the whole; the trainer's tests and the service's child processes are not traced. test-cloud mostly waits, so test-infra and
-# then test-attack run beside it.
+# little of the whole; the trainer's tests and the service's child processes are not traced. test-cloud mostly waits, so test-infra
+# runs beside it, then test-ingest beside test-attack.
 test: export COVERAGE = --cov --cov-report=
 test: test-fast ## Run every test, with real processes and models, and report coverage: about 20 minutes on two cores
 	$(MAKE) --no-print-directory --jobs 2 --output-sync test-cloud test-infra test-ingest test-attack

@@ -15,6 +15,8 @@ MAX_REPORTED_PROBLEMS = 1000  # bad rows that a report names; the others are cou
 MAX_FOUND_PROBLEMS = 100_000  # bad rows after which reading stops, unless they are dropped
 INDEX_INTERVAL_ROWS = 256  # rows from one position in an index file to the next
 REPORT_SAMPLE_ROWS = 20_000  # rows in which near-duplicates, languages and personal data are looked for, unless all are asked for
+# How an ingestion that has no memory left says so before it ends: Python, C++, Rust and Arrow.
+OUT_OF_MEMORY_TEXTS = ("MemoryError", "std::bad_alloc", "memory allocation of", "ArrowMemoryError")
 
 FormatName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -160,7 +162,7 @@ class IngestTask(ForwardCompatible):
     files: tuple[InputFile, ...]
     options: IngestOptions = IngestOptions()  # type: ignore[call-arg]  # pyright: every field has a default
     limits: IngestLimits = IngestLimits()
-    seed: int = 42
+    seed: int = 42  # of the split into training and held-out rows: the same in a request and in an attempt
     check_only: bool = False  # look for all problems, write no rows
     output: str  # an empty folder: train.jsonl, eval.jsonl, outcome.json
     tokenizer_folder: str | None = None  # with the tokenizer's files of options.base_model_id

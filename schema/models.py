@@ -18,6 +18,14 @@ from schema.migrations import VersionedRecord
 MODELS_PREFIX = "pretrained_weights/huggingface/"
 MODEL_RECORD = "tunesmith-model.json"
 COMPLETION_MARKER = "config.json"  # written last and deleted first: a folder that has it is complete
+# What a tokenizer is loaded from. A model may have others, which no tokenizer reads.
+TOKENIZER_FILES = frozenset(
+    {
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+        *("chat_template.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
+        *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    }
+)
 
 MODEL_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$"  # as the Hub writes it: owner/name
 ModelName = Annotated[str, StringConstraints(pattern=MODEL_NAME_PATTERN)]

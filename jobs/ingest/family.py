@@ -23,9 +23,9 @@ from jobs.runtime.files import sha256_of
 from jobs.runtime.retry import download_with_retry, retry_store, upload_with_retry
 from jobs.runtime.settings import child_environment, read_egress_policy
 from jobs.runtime.subprocesses import REPOSITORY
-from schema.ingestion import IngestOutcome, IngestProgress, IngestTask, RowProblem
+from schema.ingestion import OUT_OF_MEMORY_TEXTS, IngestOutcome, IngestProgress, IngestTask, RowProblem
 from schema.job import Artifact, EvalMetrics, Progress
-from schema.models import model_prefix
+from schema.models import TOKENIZER_FILES, model_prefix
 from schema.result import Ingested
 from schema.spec import ingestion_prefix, problems_key
 from schema.training.ingest import IngestConfig
@@ -33,15 +33,10 @@ from storage.file import LocalStore
 
 log = logging.getLogger(__name__)
 
-SEED = 42  # of the split into training and held-out rows, as in a request
 OUTCOME_FILE, TASK_FILE, ERRORS_FILE = "outcome.json", "task.json", "errors.log"
 SHOWN_PROBLEMS = 3  # in the message of a failure
 MAX_RECORDED_PROBLEMS = 100  # in a dataset's record; all that are known lie beside its files
 MAX_LOGGED_CHARACTERS = 4000
-OUT_OF_MEMORY = ("MemoryError", "std::bad_alloc", "memory allocation of", "ArrowMemoryError")  # Python's, C++'s, Rust's and Arrow's
-# Of a base model's folder, what a tokenizer is loaded from; weights are in files with other names, or are larger.
-TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-MAX_TOKENIZER_FILE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,6 @@ def _read(config: IngestConfig, context: JobContext, downloaded: Downloaded, out
         files=downloaded.files,
         options=config.options,
         limits=config.limits,
-        seed=SEED,
         output=str(output),
         tokenizer_folder=None if tokenizer is None else str(tokenizer),
     )
@@ -174,7 +168,7 @@ def estimate_progress(progress: IngestProgress, elapsed_s: float) -> Progress:
 def _describe_crash(code: int, output: str, config: IngestConfig) -> JobFailed:
     """The failure for a process that ended without an outcome."""
     log.error("reading failed", extra={"code": code, "output": output[-MAX_LOGGED_CHARACTERS:]})
-    if code == -9 or any(text in output for text in OUT_OF_MEMORY):
+    if code == -9 or any(text in output for text in OUT_OF_MEMORY_TEXTS):
         limit = config.limits.max_memory_bytes >> 20
         return JobFailed("out_of_memory", f"reading {config.source} takes more than {limit:,} MiB of memory", config.out_of_memory_hint)
     if "No space left on device" in output or "Disk quota exceeded" in output:
@@ -214,7 +208,7 @@ def _fetch_tokenizer(config: IngestConfig, context: JobContext) -> Path | None:
         return None
     prefix = model_prefix(base)
     stored = retry_store(f"the tokenizer of {base} cannot be read", lambda: list(store.iter_objects(prefix)), code="internal")
-    keys = [each.key for each in stored if _is_tokenizer_file(each.key.removeprefix(prefix), each.size_bytes)]
+    keys = [each.key for each in stored if each.key.removeprefix(prefix) in TOKENIZER_FILES]
     if not keys:
         hint = "`tunesmith models pull` puts it there; without base_model_id the tokens are not counted"
         raise JobFailed("invalid_config", f"the model store does not have {base}, whose tokenizer counts the tokens", hint)
@@ -224,10 +218,6 @@ def _fetch_tokenizer(config: IngestConfig, context: JobContext) -> Path | None:
     for key in keys:
         download_with_retry(store, key, folder / key.removeprefix(prefix))
     return folder
-
-
-def _is_tokenizer_file(name: str, size_bytes: int) -> bool:
-    return "/" not in name and name.endswith(TOKENIZER_SUFFIXES) and size_bytes <= MAX_TOKENIZER_FILE_BYTES
 
 
 def _make_empty(folder: Path) -> Path:

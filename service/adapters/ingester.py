@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from schema.base import ForwardCompatible
-from schema.ingestion import IngestOutcome, IngestTask, TokenLengthsOutcome, TokenLengthsTask
+from schema.ingestion import OUT_OF_MEMORY_TEXTS, IngestOutcome, IngestTask, TokenLengthsOutcome, TokenLengthsTask
 from service.core.datasets.ports import IngestTimeout
 from service.core.errors import DiskFull, InvalidRequest, TunesmithError, Unavailable
 from service.setting_types import SOURCE_ROOT
@@ -22,7 +22,6 @@ MAX_LOGGED_CHARACTERS = 4000
 # What a child may read of the service's environment: where programs and temporary files are, and how text is written.
 INHERITED = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "TZ")
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")  # as strerror() says it
-OUT_OF_MEMORY = ("MemoryError", "std::bad_alloc", "memory allocation of", "ArrowMemoryError")  # Python's, C++'s, Rust's and Arrow's
 
 
 class ProcessIngester:
@@ -82,7 +81,7 @@ def _describe_failure(code: int, output: str, memory_bytes: int) -> TunesmithErr
     log.error("ingestion failed", extra={"code": code, "output": output[-MAX_LOGGED_CHARACTERS:]})
     if any(text in output for text in DISK_FULL):
         return DiskFull("the disk is full", hint="free some space where the service keeps its files")
-    if code == -signal.SIGKILL or any(text in output for text in OUT_OF_MEMORY):
+    if code == -signal.SIGKILL or any(text in output for text in OUT_OF_MEMORY_TEXTS):
         message = f"reading the file takes more than the {memory_bytes >> 20:,} MiB of memory that one file may use"
         return InvalidRequest(message, hint="split it into several files, or save it as JSON lines", param="file")
     return Unavailable("the file could not be read because of an error in this deployment", hint="the operator finds it in the log")

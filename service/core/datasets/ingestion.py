@@ -33,7 +33,6 @@ from service.core.principals import Principal, Scope
 from service.core.quotas import QuotaChecks
 from storage import ObjectStore
 
-SPLIT_SEED = 42
 NO_OPTIONS = IngestOptions()  # type: ignore[call-arg]  # pyright: every field has a default
 MAX_TOLD_PROBLEMS = 100  # of an upload that is refused, and in a record; POST /datasets/check tells more
 
@@ -218,7 +217,6 @@ class DatasetIngestion:
             files=(InputFile(path=str(path), name=upload.filename),),
             options=upload.options,
             limits=self._limits,
-            seed=SPLIT_SEED,
             check_only=check_only,
             output=str(output),
             tokenizer_folder=None if tokenizer is None else str(tokenizer),

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from schema.models import COMPLETION_MARKER, is_model_name, model_prefix
+from schema.models import COMPLETION_MARKER, TOKENIZER_FILES, is_model_name, model_prefix
 from service.core.errors import InvalidRequest
 from service.core.models.names import describe_suggestions, suggest
 from service.core.models.stored import describe_stored, list_stored_names
@@ -13,14 +13,6 @@ from storage import ObjectStore, StoredObject
 from storage.file import LocalStore
 
 PULL_HINT = "`tunesmith models pull NAME` puts one there; without `base_model_id` the tokens are not counted"
-# What a tokenizer is loaded from. A model may have others, which no tokenizer reads.
-TOKENIZER_FILES = frozenset(
-    {
-        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-        *("chat_template.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
-        *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
-    }
-)
 MAX_TOKENIZER_BYTES = 256 << 20  # the largest known one has 35 MB
 
 
